@@ -1,0 +1,218 @@
+package netlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Lab is a topology that stands. Its hosts are used from any goroutine; Down
+// removes everything.
+type Lab struct {
+	thread   *nsThread
+	hosts    map[string]*Host
+	order    []*Host
+	switches map[string]*switchNode
+	down     sync.Once
+	downErr  error
+
+	mu    sync.Mutex
+	procs map[*Process]struct{}
+	pumps []func() error
+}
+
+// switchNode is a bridge in its own namespace.
+type switchNode struct {
+	spec   SwitchSpec
+	ns     *namespace
+	rt     *rtnl
+	bridge int
+	ports  []member
+}
+
+// member is one link as its switch sees it.
+type member struct {
+	host  *Host
+	addrs []netip.Addr
+	port  int // interface index in the switch's namespace
+	iface int // interface index in the host's namespace
+}
+
+// defaultSysctls quiet what would otherwise talk by itself in every namespace:
+// IPv6 address detection and multicast reports.
+var defaultSysctls = map[string]string{
+	"net.ipv6.conf.all.disable_ipv6":     "1",
+	"net.ipv6.conf.default.disable_ipv6": "1",
+}
+
+// Up checks t, builds it and returns when every link is operational at both
+// ends and every host knows its neighbours. It needs CAP_NET_ADMIN and
+// CAP_SYS_ADMIN; without them, or where the kernel lacks something, the error
+// is a [*NeedError]. After an error nothing is left.
+func Up(ctx context.Context, t Topology) (*Lab, error) {
+	p, err := t.plan()
+	if err != nil {
+		return nil, fmt.Errorf("topology: %w", err)
+	}
+	if err := needPrivilege(); err != nil {
+		return nil, err
+	}
+	thread, err := startThread()
+	if err != nil {
+		return nil, err
+	}
+	lab := &Lab{
+		thread:   thread,
+		hosts:    map[string]*Host{},
+		switches: map[string]*switchNode{},
+		procs:    map[*Process]struct{}{},
+	}
+	if err := lab.build(ctx, t, p); err != nil {
+		return nil, errors.Join(err, lab.Down())
+	}
+	return lab, nil
+}
+
+func (lab *Lab) build(ctx context.Context, t Topology, p plan) error {
+	for _, spec := range t.Switches {
+		if err := lab.addSwitch(spec); err != nil {
+			return fmt.Errorf("switch %s: %w", spec.Name, err)
+		}
+	}
+	for i := range t.Hosts {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := lab.addHost(&t.Hosts[i], p); err != nil {
+			return fmt.Errorf("host %s: %w", t.Hosts[i].Name, err)
+		}
+	}
+	for _, sw := range lab.switches {
+		if err := sw.introduce(); err != nil {
+			return fmt.Errorf("switch %s: neighbours: %w", sw.spec.Name, err)
+		}
+	}
+	for _, sw := range lab.switches {
+		if err := sw.awaitOperational(ctx); err != nil {
+			return fmt.Errorf("switch %s: %w", sw.spec.Name, err)
+		}
+	}
+	return nil
+}
+
+func (lab *Lab) addSwitch(spec SwitchSpec) error {
+	ns, err := lab.thread.newNamespace(spec.Name)
+	if err != nil {
+		return err
+	}
+	sw := &switchNode{spec: spec, ns: ns}
+	lab.switches[spec.Name] = sw
+	return lab.thread.in(ns, func() error {
+		if err := setSysctls(defaultSysctls); err != nil {
+			return err
+		}
+		if sw.rt, err = openRtnl(); err != nil {
+			return err
+		}
+		sw.bridge, err = sw.rt.addBridge("br0")
+		return err
+	})
+}
+
+func (lab *Lab) addHost(spec *HostSpec, p plan) error {
+	ns, err := lab.thread.newNamespace(spec.Name)
+	if err != nil {
+		return err
+	}
+	h := &Host{lab: lab, ns: ns, name: spec.Name}
+	lab.hosts[spec.Name] = h
+	lab.order = append(lab.order, h)
+	err = lab.thread.in(ns, func() error {
+		if err := setSysctls(defaultSysctls); err != nil {
+			return err
+		}
+		if err := setSysctls(spec.Sysctls); err != nil {
+			return err
+		}
+		if h.rt, err = openRtnl(); err != nil {
+			return err
+		}
+		return h.rt.setUp(1) // lo is always index 1
+	})
+	if err != nil {
+		return err
+	}
+	for i := range spec.Links {
+		l := &spec.Links[i]
+		if err := lab.addLink(h, i, l, p.addrs[l]); err != nil {
+			return fmt.Errorf("link to %s: %w", l.Switch, err)
+		}
+	}
+	return nil
+}
+
+// Host returns the host of that name, or nil.
+func (lab *Lab) Host(name string) *Host { return lab.hosts[name] }
+
+// Hosts returns every host in the order of the topology.
+func (lab *Lab) Hosts() []*Host { return lab.order }
+
+// Down ends the programs, then removes links and namespaces. It is safe to call
+// more than once and returns the same error each time.
+func (lab *Lab) Down() error {
+	lab.down.Do(func() { lab.downErr = lab.tearDown() })
+	return lab.downErr
+}
+
+func (lab *Lab) tearDown() error {
+	var errs []error
+	lab.mu.Lock()
+	procs := make([]*Process, 0, len(lab.procs))
+	for p := range lab.procs {
+		procs = append(procs, p)
+	}
+	lab.mu.Unlock()
+	for _, p := range procs {
+		p.kill()
+	}
+	for _, p := range procs {
+		<-p.done
+	}
+	for _, stop := range lab.pumps {
+		errs = append(errs, stop())
+	}
+	// Closing the last descriptor of a namespace hands it to the kernel's
+	// cleanup worker, which removes veths, addresses and TIME_WAIT sockets
+	// (net/core/net_namespace.c cleanup_net).
+	for _, h := range lab.order {
+		errs = append(errs, h.close())
+	}
+	for _, sw := range lab.switches {
+		if sw.rt != nil {
+			sw.rt.close()
+		}
+		errs = append(errs, sw.ns.close())
+	}
+	lab.thread.stop()
+	return errors.Join(errs...)
+}
+
+func (h *Host) close() error {
+	if h.rt != nil {
+		h.rt.close()
+	}
+	return h.ns.close()
+}
+
+// Kernel returns the running kernel's release, as uname -r prints it.
+func Kernel() string {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return "unknown"
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}

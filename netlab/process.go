@@ -1,0 +1,202 @@
+package netlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Program is what a host runs.
+type Program struct {
+	// Path is the executable and Args its arguments, without the program name.
+	Path string
+	Args []string
+	// Env is added to this process's environment.
+	Env []string
+	// Dir is the working directory; empty is this process's own.
+	Dir string
+	// Ready is asked every few milliseconds until it returns nil; nil means
+	// ready at once. See [Host.Listening].
+	Ready func() error
+	// ReadyTimeout bounds that wait; zero means ten seconds.
+	ReadyTimeout time.Duration
+	// Stdout and Stderr get a copy of the output; either may be nil.
+	Stdout, Stderr io.Writer
+}
+
+// Process is a program that runs on a host.
+type Process struct {
+	host *Host
+	cmd  *exec.Cmd
+	tail *tail
+	done chan struct{}
+	err  error // of cmd.Wait; read after done
+}
+
+// Start runs a program in the host's namespace and returns when it is ready. It
+// is killed when this process dies, however that happens, and when ctx ends. A
+// program that ends before it is ready, or is not ready in time, is an error
+// that quotes its output.
+func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
+	proc := &Process{host: h, tail: &tail{}, done: make(chan struct{})}
+	cmd := exec.CommandContext(ctx, p.Path, p.Args...)
+	cmd.Env = append(os.Environ(), p.Env...)
+	cmd.Dir = p.Dir
+	cmd.Stdout = tee(proc.tail, p.Stdout)
+	cmd.Stderr = tee(proc.tail, p.Stderr)
+	cmd.WaitDelay = time.Second
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig: syscall.SIGKILL,
+		// A Ctrl-C at the terminal is for connlab, which then ends its programs in order.
+		Setpgid: true,
+	}
+	proc.cmd = cmd
+	// The child inherits the namespace of the thread that forks.
+	if err := h.Do(cmd.Start); err != nil {
+		return nil, fmt.Errorf("starting %s: %w", p.Path, err)
+	}
+	h.lab.mu.Lock()
+	h.lab.procs[proc] = struct{}{}
+	h.lab.mu.Unlock()
+	go func() {
+		proc.err = cmd.Wait()
+		h.lab.mu.Lock()
+		delete(h.lab.procs, proc)
+		h.lab.mu.Unlock()
+		close(proc.done)
+	}()
+	if err := proc.awaitReady(ctx, p); err != nil {
+		proc.kill()
+		<-proc.done
+		return nil, fmt.Errorf("host %s: %s %s: %w%s", h.name, p.Path, strings.Join(p.Args, " "), err, proc.quote())
+	}
+	return proc, nil
+}
+
+func (p *Process) awaitReady(ctx context.Context, prog Program) error {
+	if prog.Ready == nil {
+		return nil
+	}
+	timeout := prog.ReadyTimeout
+	if timeout == 0 {
+		timeout = 10 * time.Second
+	}
+	deadline := time.After(timeout)
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		last := prog.Ready()
+		if last == nil {
+			return nil
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("ended before it was ready: %w", p.exitError())
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-deadline:
+			return fmt.Errorf("not ready after %v: %w", timeout, last)
+		case <-tick.C:
+		}
+	}
+}
+
+func (p *Process) exitError() error {
+	if p.err == nil {
+		return errors.New("exit status 0")
+	}
+	return p.err
+}
+
+func (p *Process) quote() string {
+	if out := strings.TrimSpace(p.Output()); out != "" {
+		return "\n" + out
+	}
+	return " (no output)"
+}
+
+// Pid returns the process id.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// Host returns the host the process runs on.
+func (p *Process) Host() *Host { return p.host }
+
+// Output returns the last 64 KiB of standard output and standard error together.
+func (p *Process) Output() string { return p.tail.String() }
+
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Signal sends a signal, for example SIGSTOP.
+func (p *Process) Signal(s os.Signal) error {
+	if err := p.cmd.Process.Signal(s); err != nil {
+		return fmt.Errorf("host %s: signal %v to pid %d: %w", p.host.name, s, p.Pid(), err)
+	}
+	return nil
+}
+
+// Stop asks the process to end with SIGTERM and kills it after grace. The error
+// is that of a program that ended by itself before, or with a failure.
+func (p *Process) Stop(grace time.Duration) error {
+	select {
+	case <-p.done:
+		return fmt.Errorf("host %s: pid %d had ended: %w%s", p.host.name, p.Pid(), p.exitError(), p.quote())
+	default:
+	}
+	// A stopped process gets no SIGTERM before it continues.
+	_ = p.cmd.Process.Signal(unix.SIGCONT)
+	_ = p.cmd.Process.Signal(unix.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(grace):
+		p.kill()
+		<-p.done
+		return fmt.Errorf("host %s: pid %d did not end within %v of SIGTERM", p.host.name, p.Pid(), grace)
+	}
+	if p.err != nil {
+		return fmt.Errorf("host %s: pid %d: %w%s", p.host.name, p.Pid(), p.err, p.quote())
+	}
+	return nil
+}
+
+func (p *Process) kill() { _ = p.cmd.Process.Kill() }
+
+// tail keeps the end of a program's output.
+type tail struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+const tailSize = 64 << 10
+
+func (t *tail) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf = append(t.buf, b...)
+	if over := len(t.buf) - tailSize; over > 0 {
+		t.buf = append(t.buf[:0], t.buf[over:]...)
+	}
+	return len(b), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(t.buf)
+}
+
+func tee(t *tail, also io.Writer) io.Writer {
+	if also == nil {
+		return t
+	}
+	return io.MultiWriter(t, also)
+}
