@@ -97,8 +97,15 @@ var identifier = regexp.MustCompile(`[\p{L}_][\p{L}\p{N}_]*`)
 
 // explain writes a formula with its inputs put in, "a·b = 2·3". Where the
 // formula does not spell every input as a word of its own ("λT"), it lists them
-// instead.
+// instead. The note follows.
 func (p *Prediction) explain() string {
+	if p.Note == "" {
+		return p.calculation()
+	}
+	return p.calculation() + ": " + p.Note
+}
+
+func (p *Prediction) calculation() string {
 	used := make(map[string]bool)
 	substituted := identifier.ReplaceAllStringFunc(p.Formula, func(name string) string {
 		value, ok := p.Inputs[name]

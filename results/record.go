@@ -20,12 +20,10 @@ type Record struct {
 	Seconds float64   `json:"seconds,omitempty"`
 	Seed    uint64    `json:"seed,omitempty"`
 	Server  string    `json:"server,omitempty"` // "mini", "redis 7.0.15"
-	Link    string    `json:"link,omitempty"`   // "veth", "netem", "wire"
 
 	// Parameters are spelled as the command line takes them ("1.43s", "511"),
 	// so that they can be typed again.
 	Parameters map[string]string `json:"parameters"`
-	Sysctls    map[string]string `json:"sysctls,omitempty"`
 	Variants   []Variant         `json:"variants"`
 }
 
@@ -35,6 +33,10 @@ type Variant struct {
 	Role       Role              `json:"role"`
 	Summary    string            `json:"summary,omitempty"`    // one line for people
 	Parameters map[string]string `json:"parameters,omitempty"` // only those that differ from the record's
+	// Sysctls are those that bear on the outcome, read back from the namespace
+	// under test, and Link is how its link was made: "veth", "netem", "pump".
+	Sysctls map[string]string `json:"sysctls,omitempty"`
+	Link    string            `json:"link,omitempty"`
 
 	Verdict Verdict `json:"verdict"`
 	Reason  string  `json:"reason"`
@@ -51,8 +53,9 @@ type Variant struct {
 // [Variant.Judge] fills the last three fields.
 type Prediction struct {
 	Metric    string             `json:"metric"`
-	Formula   string             `json:"formula"` // "max(0, λ·T − (B+1))"
-	Inputs    map[string]float64 `json:"inputs"`  // by the names the formula uses
+	Formula   string             `json:"formula"`        // "max(0, λ·T − (B+1))"
+	Inputs    map[string]float64 `json:"inputs"`         // by the names the formula uses
+	Note      string             `json:"note,omitempty"` // what the formula says, for people
 	Predicted float64            `json:"predicted"`
 	Unit      string             `json:"unit"` // must be the metric's; empty takes the metric's
 

@@ -25,16 +25,15 @@ func sampleRecord() *Record {
 		Seconds:    41.25,
 		Seed:       7,
 		Server:     "mini",
-		Link:       "veth",
 		Parameters: map[string]string{"hosts": "120", "rate": "2000", "stall": "1.43s", "backlog": "511"},
-		Sysctls:    map[string]string{"net.core.somaxconn": "4096"},
 		Variants: []Variant{
 			{
 				Name: "incident", Role: Incident, Summary: "listen(511) and a stall of 1.43 s: SYNs are dropped without a word",
+				Sysctls: map[string]string{"net.core.somaxconn": "4096"}, Link: "veth",
 				Predictions: []Prediction{
 					drops(511, 1.43),
 					{
-						Metric: "server/AcceptQueue.Limit", Formula: "min(backlog, somaxconn) + 1",
+						Metric: "server/AcceptQueue.Limit", Formula: "min(backlog, somaxconn) + 1", Note: "one more than the limit",
 						Inputs: map[string]float64{"backlog": 511, "somaxconn": 4096}, Predicted: 512,
 						Unit: "connections", Tolerance: Exactly(),
 					},

@@ -42,6 +42,7 @@ func WriteTable(w io.Writer, rec *Record, opts TableOptions) error {
 		r.variantHeading(v.Name, v.Role, r.paint(v.Verdict, string(v.Verdict)))
 		r.text("  ", v.Summary)
 		r.text("  ", parameterText("with ", v.Parameters))
+		r.text("  ", parameterText("sysctls: ", v.Sysctls))
 		if v.Verdict != Held {
 			r.text("  ", v.Reason)
 		}
@@ -73,9 +74,6 @@ func (r *Record) heading() string {
 	parts := []string{r.Incident + " on Linux " + r.Kernel}
 	if r.Server != "" {
 		parts = append(parts, "server "+r.Server)
-	}
-	if r.Link != "" {
-		parts = append(parts, "link "+r.Link)
 	}
 	if r.Seed != 0 {
 		parts = append(parts, fmt.Sprintf("seed %d", r.Seed))
