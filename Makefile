@@ -1,0 +1,61 @@
+# connlab: `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# sudo resets PATH: look where Go's own installer puts it, too.
+GO ?= $(shell command -v go 2>/dev/null || echo /usr/local/go/bin/go)
+GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+INCIDENT ?= backlog
+ARGS ?=
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: setup build ## Reproduce an incident (INCIDENT=backlog ARGS=...); root or sudo
+	bin/connlab run $(INCIDENT) --save results/runs $(ARGS)
+
+.PHONY: test
+test: setup ## Every test, those that need root included; root or sudo
+	@test "$$(id -u)" = 0 || { echo "make test needs root: sudo make test (or: make check, which needs none)"; exit 4; }
+	$(GO) vet ./...
+	$(GO) test ./...
+
+.PHONY: check
+check: ## What can be tested without root, with the race detector
+	$(GO) vet ./...
+	$(GO) test -race ./...
+
+.PHONY: race
+race: setup ## Every test with the race detector; root or sudo
+	$(GO) test -race ./...
+
+.PHONY: fuzz
+fuzz: ## Fuzz each parser for FUZZTIME (1m)
+	@for target in $$(grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' . | awk '{print $$2}'); do \
+	  pkg=$$(grep -rlE --include='*_test.go' "^func $$target\(" . | head -n 1 | xargs dirname); \
+	  echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(or $(FUZZTIME),1m) $$pkg || exit 1; \
+	done
+
+.PHONY: bench
+bench: setup ## Ratios: server beside redis-server, lab beside mininet; root or sudo
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m -v ./server ./netlab
+	$(GO) test -run '^$$' -bench . -timeout 30m ./server/resp ./netlab/wire ./netlab/observe ./loadgen
+
+.PHONY: lint
+lint: ## golangci-lint, pinned
+	$(GO) run $(GOLANGCI_LINT) run ./...
+
+.PHONY: build
+build: ## Build bin/connlab
+	CGO_ENABLED=0 $(GO) build -o bin/connlab ./cmd/connlab
+
+.PHONY: setup
+setup: ## Install the Debian packages of the real peers, if they are missing (root)
+	@GO=$(GO) .ci/setup
+
+.PHONY: clean
+clean: ## Remove what was built and recorded
+	rm -rf bin results/runs

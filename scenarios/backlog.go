@@ -1,0 +1,348 @@
+package scenarios
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"math"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"connlab/netlab"
+	"connlab/netlab/wire"
+	"connlab/results"
+)
+
+// Backlog is incident 1: a Redis with more than a hundred client machines, whose
+// event loop stands still for 1.43 s. The article's end is missing; that the
+// server cron shrank the query buffers of many idle clients in one pass is a
+// reconstruction from Redis 2.8.19 and its issue 4983.
+var Backlog = Scenario{
+	Name:  "backlog",
+	Title: "An accept queue overflows while the event loop stands still",
+	Story: backlogStory,
+	New:   func() Experiment { return newBacklog() },
+	Variants: []Variant{
+		{Name: "incident", Role: results.Incident,
+			Summary: "backlog 511, the event loop stands still for 1.43 s: first SYNs are dropped without an answer"},
+		{Name: "impatient", Role: results.Incident, Set: []string{"timeout=900ms"},
+			Summary: "the same, with clients that wait less than one SYN retransmission: what the article's clients logged"},
+		{Name: "backlog-2048", Role: results.FalseLead, Set: []string{"backlog=2048"},
+			Summary: "the remedy that was tried: a longer queue only moves the threshold"},
+		{Name: "somaxconn-128", Role: results.FalseLead, Set: []string{"backlog=2048", "somaxconn=128"},
+			Summary: "a longer backlog alone: the kernel cuts it to somaxconn, and it is worse than before"},
+		{Name: "abort-on-overflow", Role: results.FalseLead, Set: []string{"abort=1"},
+			Summary: "tcp_abort_on_overflow=1 without latency: SYNs are dropped all the same, and nobody is told"},
+		{Name: "backlog-2900", Role: results.Fix, Set: []string{"backlog=2900"},
+			Summary: "a queue of at least λT places: nothing is dropped, and every client waits for up to the whole stall"},
+		{Name: "long-connections", Role: results.Fix, Set: []string{"over-held=true"},
+			Summary: "the same requests over connections that exist already: none needs a place, all wait for the stall"},
+		{Name: "no-stall", Role: results.Fix, Set: []string{"stall=0s"},
+			Summary: "backlog 511 and a server that keeps accepting: the root cause removed, nothing to see"},
+		{Name: "placebo", Role: results.Control, Set: []string{"max-syn-backlog=65536"},
+			Summary: "tcp_max_syn_backlog raised: a knob of the other queue, the numbers of the incident must come back"},
+		{Name: "late-ack", Role: results.Incident, Set: []string{"stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms"},
+			Summary: "with latency the queue fills between SYN-ACK and ACK: clients believe that they are connected"},
+		{Name: "late-ack-abort", Role: results.FalseLead, Set: []string{"stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms", "abort=1"},
+			Summary: "the same with tcp_abort_on_overflow=1: those clients get ECONNRESET, after connect() has succeeded"},
+		{Name: "cookies", Role: results.Incident, Set: []string{"stall=2500ms", "volley-1=1000", "delay=40ms"},
+			Summary: "a burst beyond the SYN queue too: SYN cookies answer it, and the server keeps no trace of the ghosts"},
+	},
+}
+
+// backlog is the parameters of incident 1. It has two shapes of load: open-loop
+// arrivals at a constant rate around a stall, or, if Volley1 is not 0, one or two
+// volleys of connections inside it.
+type backlog struct {
+	Hosts int
+	Held  int
+	Rate  float64
+	Stall time.Duration
+
+	Backlog       int
+	Somaxconn     int
+	MaxSYNBacklog int
+	Abort         int
+	Accepts       int
+
+	Delay    time.Duration
+	Timeout  time.Duration
+	OverHeld bool
+	Volley1  int
+	Volley2  int
+}
+
+func newBacklog() *backlog {
+	return &backlog{
+		Hosts: 120, Held: 3500, Rate: 2000, Stall: 1430 * time.Millisecond,
+		Backlog: 511, Somaxconn: 4096, MaxSYNBacklog: 512, Accepts: 1000,
+		Timeout: 6 * time.Second,
+	}
+}
+
+// Flags implements [Experiment].
+func (b *backlog) Flags(fs *flag.FlagSet) {
+	fs.IntVar(&b.Hosts, "hosts", b.Hosts, "client `hosts`, one address each (1 to 1000)")
+	fs.IntVar(&b.Held, "held", b.Held, "`connections` that are open before, and idle (0 to 8000)")
+	fs.Float64Var(&b.Rate, "rate", b.Rate, "λ: new connections per second, each for one PING (1 to 10000)")
+	fs.DurationVar(&b.Stall, "stall", b.Stall, "T: how long the event loop stands still, outside any command (0s to 5s)")
+	fs.IntVar(&b.Backlog, "backlog", b.Backlog, "argument of listen(2) (1 to 65535)")
+	fs.IntVar(&b.Somaxconn, "somaxconn", b.Somaxconn, "net.core.somaxconn of the server's namespace (1 to 65535)")
+	fs.IntVar(&b.MaxSYNBacklog, "max-syn-backlog", b.MaxSYNBacklog, "net.ipv4.tcp_max_syn_backlog of the server's namespace (1 to 1000000)")
+	fs.IntVar(&b.Abort, "abort", b.Abort, "net.ipv4.tcp_abort_on_overflow of the server's namespace (0 or 1)")
+	fs.IntVar(&b.Accepts, "accepts", b.Accepts, "accepts per cycle of the mini server's loop: 1000 is Redis to 7.2, 10 is Redis 7.4 (1 to 100000)")
+	fs.DurationVar(&b.Delay, "delay", b.Delay, "latency of the server's link, each way (0s to 500ms)")
+	fs.DurationVar(&b.Timeout, "timeout", b.Timeout, "how long a client waits for the connection, and again for the reply (50ms to 60s)")
+	fs.BoolVar(&b.OverHeld, "over-held", b.OverHeld, "send the requests over the held connections instead of new ones")
+	fs.IntVar(&b.Volley1, "volley-1", b.Volley1, "instead of arrivals at a rate: so many `connects` at once inside the stall (0 to 8000)")
+	fs.IntVar(&b.Volley2, "volley-2", b.Volley2, "and so many more `connects` once the first are established (0 to 8000)")
+}
+
+// Times of a run, counted from the start of the load.
+const (
+	lead         = 300 * time.Millisecond // arrivals before the stall is asked for
+	cronPeriod   = 100 * time.Millisecond // the mini server's stall begins so much later at most
+	tailLoad     = 400 * time.Millisecond // arrivals after the stall
+	volley1At    = 250 * time.Millisecond // the stall has begun by then
+	volley2At    = 500 * time.Millisecond // the first volley is established by then
+	joinAt       = 800 * time.Millisecond // the second volley is established by then
+	minVolleyFor = 1500 * time.Millisecond
+)
+
+// Check implements [Experiment].
+func (b *backlog) Check() error {
+	var errs []error
+	within := func(name string, value, low, high float64) {
+		if !(value >= low && value <= high) {
+			errs = append(errs, fmt.Errorf("%s=%v is out of range: %v to %v", name, value, low, high))
+		}
+	}
+	lasting := func(name string, value, low, high time.Duration) {
+		if value < low || value > high {
+			errs = append(errs, fmt.Errorf("%s=%v is out of range: %v to %v", name, value, low, high))
+		}
+	}
+	within("hosts", float64(b.Hosts), 1, 1000)
+	within("held", float64(b.Held), 0, 8000)
+	within("rate", b.Rate, 1, 10000)
+	lasting("stall", b.Stall, 0, 5*time.Second)
+	within("backlog", float64(b.Backlog), 1, 65535)
+	within("somaxconn", float64(b.Somaxconn), 1, 65535)
+	within("max-syn-backlog", float64(b.MaxSYNBacklog), 1, 1e6)
+	within("abort", float64(b.Abort), 0, 1)
+	within("accepts", float64(b.Accepts), 1, 1e5)
+	lasting("delay", b.Delay, 0, 500*time.Millisecond)
+	lasting("timeout", b.Timeout, 50*time.Millisecond, time.Minute)
+	within("volley-1", float64(b.Volley1), 0, 8000)
+	within("volley-2", float64(b.Volley2), 0, 8000)
+	switch {
+	case b.OverHeld && b.Held == 0:
+		errs = append(errs, errors.New("over-held=true needs held connections"))
+	case b.OverHeld && b.Volley1 > 0:
+		errs = append(errs, errors.New("volleys are new connections: not with over-held=true"))
+	case b.Volley2 > 0 && b.Volley1 == 0:
+		errs = append(errs, errors.New("volley-2 needs volley-1"))
+	case b.Volley1 > 0 && b.Stall < minVolleyFor:
+		errs = append(errs, fmt.Errorf("volleys need a stall of at least %v to happen in", minVolleyFor))
+	case b.Volley1 > 0 && b.Delay < 5*time.Millisecond:
+		errs = append(errs, errors.New("volleys need delay=5ms or more: without latency each handshake is over before the next SYN"))
+	case b.Volley1 > 0 && b.Delay > 40*time.Millisecond:
+		errs = append(errs, errors.New("volleys need delay=40ms or less, to be established in time"))
+	case b.Volley1 == 0 && b.Delay > 0:
+		errs = append(errs, errors.New("delay is for the volleys: set volley-1 too"))
+	case b.Volley2 > 0 && b.Volley1 > b.queue(KernelRules{}).places():
+		errs = append(errs, fmt.Errorf("volley-1=%d must fit the accept queue of %d places, for volley-2 to overflow it", b.Volley1, b.queue(KernelRules{}).places()))
+	case b.Volley2 > b.queue(KernelRules{}).places():
+		errs = append(errs, fmt.Errorf("volley-2=%d must fit the SYN queue of %d places, or cookies take over", b.Volley2, b.queue(KernelRules{}).places()))
+	}
+	return errors.Join(errs...)
+}
+
+// Topology implements [Experiment]: the clients and the server on one switch.
+// Latency is the server's link's.
+func (b *backlog) Topology() netlab.Topology {
+	const lan = "lan"
+	server := netlab.HostSpec{
+		Name:  "server",
+		Links: []netlab.LinkSpec{{Switch: lan, Delay: b.Delay, Pump: wire.Pump}},
+		Sysctls: map[string]string{
+			"net.core.somaxconn":           strconv.Itoa(b.Somaxconn),
+			"net.ipv4.tcp_max_syn_backlog": strconv.Itoa(b.MaxSYNBacklog),
+		},
+	}
+	return netlab.Topology{
+		Switches: []netlab.SwitchSpec{{Name: lan, Subnet: netip.MustParsePrefix("10.66.0.0/16")}},
+		Hosts:    append([]netlab.HostSpec{server}, netlab.Clients(b.Hosts, "client", lan, nil)...),
+	}
+}
+
+// queue is the model of the listener under this load.
+func (b *backlog) queue(rules KernelRules) acceptQueue {
+	q := acceptQueue{Backlog: b.Backlog, Somaxconn: b.Somaxconn, Rate: b.Rate, Stall: b.Stall, Rounding: rules.TimerRounding}
+	if b.OverHeld {
+		q.Rate = 0
+	}
+	for _, at := range rules.SYNRetries(12) {
+		if at < b.Timeout {
+			q.Retries = append(q.Retries, at)
+		}
+	}
+	return q
+}
+
+// Metrics that are both predicted and measured.
+const (
+	metricLimit       = "server/Listen.Limit"
+	metricPeakDepth   = "server/Listen.PeakDepth"
+	metricEstablished = "server/State.ESTABLISHED.Peak"
+	metricOverflows   = "server/TcpExt.ListenOverflows"
+	metricDropsOnly   = "server/ListenDropsWithoutOverflow"
+	metricStall       = "server/Stall"
+	metricSlowlog     = "server/Slowlog.Len"
+	metricEmbryonic   = "server/TcpExt.EmbryonicRsts"
+	metricCookies     = "server/TcpExt.SyncookiesSent"
+	metricHalfOpen    = "server/Join.HalfOpen"
+	metricSymptom     = "clients/Symptom"
+	metricVictims     = "clients/Connect.Victims"
+	metricRetriedOnce = "clients/Connect.RetriedOnce"
+	metricRetriedMore = "clients/Connect.RetriedTwice"
+	metricTimeouts    = "clients/Failed.connect_timeout"
+	metricResets      = "clients/Failed.reset"
+	metricFailed      = "clients/Failed"
+	metricLatencyMax  = "clients/Latency.Max"
+	metricEstabAtJoin = "clients/Join.ESTABLISHED"
+	metricGhosts      = "clients/Join.Ghosts"
+	metricUnanswered  = "both/SYNRetransmitsMinusOverflows"
+)
+
+// Predict implements [Experiment].
+func (b *backlog) Predict(role results.Role, rules KernelRules) []results.Prediction {
+	q := b.queue(rules)
+	claims := []results.Prediction{{
+		Metric: metricLimit, Formula: "min(backlog, somaxconn)", Unit: "connections",
+		Inputs:    map[string]float64{"backlog": float64(b.Backlog), "somaxconn": float64(b.Somaxconn)},
+		Predicted: float64(q.limit()), Tolerance: results.Exactly(),
+	}}
+	if b.Volley1 > 0 {
+		claims = append(claims, b.predictVolleys(q)...)
+	} else {
+		claims = append(claims, b.predictArrivals(q)...)
+	}
+	return append(claims, b.predictSymptom(role)...)
+}
+
+// symptomShare is the share of clients that must be hurt for an incident to
+// count as reproduced.
+const symptomShare = 0.01
+
+func (b *backlog) predictSymptom(role results.Role) []results.Prediction {
+	p := results.Prediction{Metric: metricSymptom, Unit: "connections"}
+	switch role {
+	case results.Incident, results.FalseLead:
+		p.Formula, p.Note, p.Tolerance = "s·clients", "the symptom must show", results.AtLeast()
+		p.Inputs = map[string]float64{"s": symptomShare, "clients": float64(b.clients())}
+		p.Predicted = math.Ceil(symptomShare * float64(b.clients()))
+	case results.Fix:
+		p.Formula, p.Note, p.Tolerance = "0", "the symptom must be gone", results.Exactly()
+	default:
+		return nil // a control has the numbers that its parameters give it
+	}
+	return []results.Prediction{p}
+}
+
+// clients is how many operations the load consists of.
+func (b *backlog) clients() int { return b.load().Count() }
+
+// predictArrivals is for arrivals at a rate around a stall.
+func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
+	lambda, t, places := q.Rate, q.Stall.Seconds(), float64(q.places())
+	inputs := map[string]float64{"λ": lambda, "T": t, "B": float64(q.limit())}
+	within := func(predicted, rel float64) results.Tolerance {
+		if predicted == 0 {
+			return results.Exactly()
+		}
+		return results.Within(rel)
+	}
+	p := func(metric, unit, formula, note string, predicted float64, tol results.Tolerance) results.Prediction {
+		return results.Prediction{Metric: metric, Unit: unit, Formula: formula, Note: note, Inputs: inputs, Predicted: predicted, Tolerance: tol}
+	}
+	peak, peakTol := places, results.Exactly()
+	if q.arrivals() < places {
+		// The queue does not fill: a few arrivals more or fewer, and a
+		// server that works has its queue near, not at, zero.
+		peak, peakTol = q.arrivals(), results.PlusMinus(max(0.05*q.arrivals(), 20))
+	}
+	victims := q.victims()
+	claims := []results.Prediction{
+		p(metricPeakDepth, "connections", "min(B+1, λT)", "", peak, peakTol),
+		p(metricVictims, "connections", "max(0, λT − (B+1))", "clients whose first SYN is dropped", victims, within(victims, 0.05)),
+		p(metricOverflows, "SYNs", "Σₖ λ·max(0, T − (B+1)/λ − rₖ)", "SYNs dropped, those sent again at rₖ included", q.attempts(), within(q.attempts(), 0.05)),
+		p(metricDropsOnly, "SYNs", "0", "ListenDrops − ListenOverflows", 0, results.Exactly()),
+	}
+	if b.Held > 0 {
+		held := float64(b.Held)
+		claims = append(claims, results.Prediction{
+			Metric: metricEstablished, Unit: "sockets", Formula: "held + min(B+1, λT)",
+			Inputs:    map[string]float64{"held": held, "λ": lambda, "T": t, "B": float64(q.limit())},
+			Predicted: held + peak, Tolerance: results.Within(0.02),
+		})
+	}
+	gaveUp := q.gaveUp()
+	claims = append(claims, p(metricTimeouts, "connections", "λ·max(0, T − (B+1)/λ − r)", fmt.Sprintf("r: the last SYN within the timeout of %v", b.Timeout), gaveUp, within(gaveUp, 0.05)))
+	if gaveUp == 0 {
+		// Every SYN that was dropped was sent again, and none for another reason.
+		claims = append(claims, p(metricUnanswered, "SYNs", "0", "TCPSynRetrans of all clients − ListenOverflows", 0, results.Exactly()))
+		counts := q.byRetry()
+		claims = append(claims, p(metricFailed, "connections", "0", "patient clients connect in the end", 0, results.Exactly()))
+		if victims > 0 {
+			claims = append(claims,
+				p(metricRetriedOnce, "connections", "λ·(T − (B+1)/λ) − retried twice or more", "connect time near "+spellRetries(q.Retries[:1]), counts[1], within(counts[1], 0.05)),
+				p(metricRetriedMore, "connections", "λ·max(0, T − (B+1)/λ − r₁)", "connect time near "+spellRetries(q.Retries[1:2]), counts[2], within(counts[2], 0.15)),
+			)
+		}
+	}
+	if victims == 0 && b.Stall > 0 {
+		claims = append(claims, p(metricLatencyMax, "s", "T", "the first to wait waits longest", t, results.PlusMinus(0.1)))
+	}
+	return claims
+}
+
+// predictVolleys is for one or two volleys inside a stall, over a link with
+// latency.
+func (b *backlog) predictVolleys(q acceptQueue) []results.Prediction {
+	n, places := float64(b.Volley1+b.Volley2), float64(q.places())
+	inputs := map[string]float64{"n": n, "B": float64(q.limit())}
+	late := max(0, n-places)
+	p := func(metric, unit, formula, note string, predicted float64, tol results.Tolerance) results.Prediction {
+		return results.Prediction{Metric: metric, Unit: unit, Formula: formula, Note: note, Inputs: inputs, Predicted: predicted, Tolerance: tol}
+	}
+	claims := []results.Prediction{
+		p(metricPeakDepth, "connections", "min(B+1, n)", "", min(places, n), results.Exactly()),
+		p(metricVictims, "connections", "0", "every SYN is answered", 0, results.Exactly()),
+	}
+	switch {
+	case b.Volley2 == 0 && n > places:
+		// The SYN queue holds B+1 requests as well; cookies answer the rest.
+		claims = append(claims,
+			p(metricCookies, "SYNs", "n − (B+1)", "SYNs beyond the SYN queue", late, results.Exactly()),
+			p(metricEstabAtJoin, "sockets", "n", "every client believes that it is connected", n, results.Exactly()),
+			p(metricGhosts, "connections", "n − (B+1)", "ESTABLISHED at the client, not at the server", late, results.Exactly()),
+		)
+	case b.Abort == 1:
+		claims = append(claims,
+			p(metricResets, "connections", "n − (B+1)", "ECONNRESET after connect() has succeeded", late, results.Exactly()),
+			p(metricEmbryonic, "RSTs", "n − (B+1)", "", late, results.Exactly()),
+			p(metricGhosts, "connections", "0", "they were told", 0, results.Exactly()),
+		)
+	default:
+		claims = append(claims,
+			p(metricEstabAtJoin, "sockets", "n", "every client believes that it is connected", n, results.Exactly()),
+			p(metricGhosts, "connections", "n − (B+1)", "ESTABLISHED at the client, not at the server", late, results.Exactly()),
+			p(metricHalfOpen, "connections", "n − (B+1)", "handshakes that the server still holds open for them", late, results.Exactly()),
+			p(metricResets, "connections", "0", "they are not told", 0, results.Exactly()),
+			p(metricOverflows, "ACKs", "n − (B+1)", "the counter counts attempts: every ACK and data packet that finds no room", late, results.AtLeast()),
+		)
+	}
+	return claims
+}

@@ -1,0 +1,220 @@
+package scenarios
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"connlab/netlab"
+	"connlab/results"
+)
+
+// goldenRules are those of the kernel that results/golden was recorded on.
+var goldenRules = KernelRules{LinearSYNTimeouts: 4, TimerRounding: 32 * time.Millisecond}
+
+// TestBacklog reproduces incident 1: every variant against the mini server, and
+// the heart of it against a real redis-server in the same place.
+func TestBacklog(t *testing.T) {
+	for _, tt := range []struct {
+		server   string
+		variants []string
+	}{
+		{ServerMini, nil},
+		{ServerRedis, []string{"incident", "backlog-2900", "late-ack-abort"}},
+	} {
+		t.Run(tt.server, func(t *testing.T) {
+			if _, err := exec.LookPath("redis-server"); err != nil && tt.server == ServerRedis {
+				skip(t, "redis-server is not installed; apt-get install redis-server, or make setup")
+			}
+			rec := run(t, Options{Server: tt.server, Variants: tt.variants})
+			for _, v := range rec.Variants {
+				assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
+			}
+			if tt.variants == nil && ReadKernelRules() == goldenRules {
+				golden, err := results.Load("../results/golden/backlog.json")
+				require.NoError(t, err)
+				assert.Empty(t, results.CheckGolden(golden, rec))
+			}
+		})
+	}
+}
+
+// The check must be able to fail: a run without a stall refutes the incident's
+// claims, and so does a wrong formula.
+func TestBacklogCanFail(t *testing.T) {
+	t.Run("no stall", func(t *testing.T) {
+		rec := run(t, Options{Variants: []string{"incident"}, Set: []string{"stall=0s", "held=100"}})
+		v := rec.Variants[0]
+		assert.Equal(t, results.Refuted, v.Verdict, v.Reason)
+		assert.Contains(t, v.Reason, metricSymptom)
+	})
+	t.Run("places without the one more", func(t *testing.T) {
+		rec := run(t, Options{Variants: []string{"late-ack-abort"}, Set: []string{"held=100"}})
+		v := rec.Variants[0]
+		require.Equal(t, results.Held, v.Verdict, v.Reason)
+		for i := range v.Predictions {
+			if p := &v.Predictions[i]; p.Metric == metricResets {
+				p.Formula, p.Predicted = "n − B", p.Predicted+1
+			}
+		}
+		v.Judge()
+		assert.Equal(t, results.Refuted, v.Verdict, "a queue that holds B, not B+1, must be refuted")
+	})
+}
+
+// What is golden is what follows from the parameters: no kernel is asked.
+func TestBacklogPredictions(t *testing.T) {
+	golden, err := results.Load("../results/golden/backlog.json")
+	require.NoError(t, err)
+	require.Len(t, golden.Variants, len(Backlog.Variants))
+	arms, err := Backlog.prepare(Options{})
+	require.NoError(t, err)
+	for i, arm := range arms {
+		want := golden.Variants[i]
+		assert.Equal(t, want.Name, arm.variant.Name)
+		assert.Equal(t, results.Held, want.Verdict)
+		got := arm.experiment.Predict(arm.variant.Role, goldenRules)
+		diff := cmp.Diff(want.Predictions, got,
+			cmpopts.IgnoreFields(results.Prediction{}, "Measured", "Error", "Verdict"),
+			cmpopts.EquateApprox(1e-9, 0), cmpopts.EquateEmpty())
+		assert.Empty(t, diff, arm.variant.Name)
+	}
+}
+
+func TestBacklogCheck(t *testing.T) {
+	for _, tt := range []struct{ why, set, want string }{
+		{"below the range", "hosts=0", "hosts=0 is out of range: 1 to 1000"},
+		{"above the range", "rate=20000", "rate=20000 is out of range: 1 to 10000"},
+		{"not a number at all", "rate=NaN", "rate=NaN is out of range: 1 to 10000"},
+		{"negative time", "stall=-1s", "stall=-1s is out of range: 0s to 5s"},
+		{"no such mode", "abort=2", "abort=2 is out of range: 0 to 1"},
+		{"nothing to send over", "over-held=true held=0", "over-held=true needs held connections"},
+		{"two loads at once", "over-held=true volley-1=10 delay=20ms stall=2s", "volleys are new connections: not with over-held=true"},
+		{"a second without a first", "volley-2=10 delay=20ms", "volley-2 needs volley-1"},
+		{"no latency, no late ACK", "volley-1=10 stall=2s", "without latency each handshake is over before the next SYN"},
+		{"no time for volleys", "volley-1=10 delay=20ms stall=1s", "volleys need a stall of at least 1.5s"},
+		{"a first volley that overflows by itself", "volley-1=600 volley-2=10 delay=20ms stall=2s", "volley-1=600 must fit the accept queue of 512 places"},
+		{"a second volley that cookies answer", "volley-1=10 volley-2=600 delay=20ms stall=2s", "volley-2=600 must fit the SYN queue of 512 places"},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			e := Backlog.New()
+			require.NoError(t, apply(e, strings.Fields(tt.set)))
+			err := e.Check()
+			require.Error(t, err)
+			assert.Contains(t, err.Error(), tt.want)
+		})
+	}
+	for _, v := range Backlog.Variants {
+		e := Backlog.New()
+		require.NoError(t, apply(e, v.Set))
+		assert.NoError(t, e.Check(), v.Name)
+		assert.NoError(t, e.Topology().Check(), v.Name)
+	}
+}
+
+func TestPrepare(t *testing.T) {
+	for _, tt := range []struct {
+		why  string
+		opt  Options
+		want string
+	}{
+		{"unknown variant", Options{Variants: []string{"nope"}}, `incident backlog has no variant "nope"`},
+		{"unknown parameter", Options{Set: []string{"nope=1"}}, `unknown parameter "nope"`},
+		{"no value", Options{Set: []string{"stall"}}, "want name=value"},
+		{"not a duration", Options{Set: []string{"stall=soon"}}, "--set stall=soon"},
+		{"out of range", Options{Set: []string{"held=-1"}}, "held=-1 is out of range"},
+		{"unknown server", Options{Server: "nope"}, `unknown server "nope"`},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			rec, err := Run(t.Context(), &Backlog, tt.opt)
+			require.ErrorIs(t, err, ErrUsage)
+			assert.Contains(t, err.Error(), tt.want)
+			assert.Nil(t, rec)
+		})
+	}
+	t.Run("what is set by hand wins over the variant, and is said", func(t *testing.T) {
+		arms, err := Backlog.prepare(Options{Variants: []string{"backlog-2048"}, Set: []string{"backlog=700"}})
+		require.NoError(t, err)
+		assert.Equal(t, []string{"backlog=2048"}, arms[0].overridden)
+		assert.Equal(t, 700, arms[0].experiment.(*backlog).Backlog)
+	})
+}
+
+// run runs a scenario as `connlab run` does, saves the record in the module and
+// reads it back: a test that has read a file less than two seconds old is never
+// answered from go test's cache, and the kernel's state is no input it knows.
+func run(t *testing.T, opt Options) *results.Record {
+	t.Helper()
+	if err := netlabUsable(t); err != nil {
+		skip(t, err.Error())
+	}
+	opt.Progress = func(line string) { t.Log(line) }
+	rec, err := Run(t.Context(), &Backlog, opt)
+	require.NoError(t, err)
+
+	runs := filepath.Join("..", "results", "runs")
+	require.NoError(t, os.MkdirAll(runs, 0o755))
+	path, err := results.Save(runs, rec)
+	require.NoError(t, err)
+	rec, err = results.Load(path)
+	require.NoError(t, err)
+	var table bytes.Buffer
+	require.NoError(t, results.WriteTable(&table, rec, results.TableOptions{Charts: true}))
+	show(t, table.String())
+	return rec
+}
+
+// netlabUsable says why no lab can stand here.
+func netlabUsable(t *testing.T) error {
+	lab, err := netlab.Up(t.Context(), netlab.Topology{Hosts: []netlab.HostSpec{{Name: "probe"}}})
+	var need *netlab.NeedError
+	switch {
+	case errors.As(err, &need):
+		return need
+	case err != nil:
+		return err
+	}
+	return lab.Down()
+}
+
+// skip ends a test that cannot run here; under CONNLAB_STRICT that is a failure.
+func skip(t *testing.T, reason string) {
+	t.Helper()
+	if os.Getenv("CONNLAB_STRICT") == "1" {
+		t.Fatal("CONNLAB_STRICT=1 and this would be skipped: " + reason)
+	}
+	t.Skip(reason)
+}
+
+func variantNames() []string {
+	var names []string
+	for _, v := range Backlog.Variants {
+		names = append(names, v.Name)
+	}
+	return names
+}
+
+func TestVariantsCoverEveryRole(t *testing.T) {
+	roles := map[results.Role]bool{}
+	for _, v := range Backlog.Variants {
+		roles[v.Role] = true
+		assert.NotEmpty(t, v.Summary, v.Name)
+	}
+	for _, role := range []results.Role{results.Incident, results.FalseLead, results.Fix, results.Control} {
+		assert.True(t, roles[role], "no variant is a %s", role)
+	}
+	names := variantNames()
+	slices.Sort(names)
+	assert.Equal(t, names, slices.Compact(slices.Clone(names)), "names are unique")
+}

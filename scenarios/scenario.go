@@ -1,0 +1,296 @@
+package scenarios
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"connlab/netlab"
+	"connlab/results"
+)
+
+// Scenario is one incident: what happened, and the arms of the experiment that
+// reproduces it.
+type Scenario struct {
+	Name  string // as the command line takes it
+	Title string
+	// Story is what happened and why, in a few paragraphs for people.
+	Story    string
+	Variants []Variant
+	// New returns the scenario at its defaults, which are the article's numbers.
+	New func() Experiment
+}
+
+// Variant is one arm: the scenario's defaults with some parameters set.
+type Variant struct {
+	Name    string
+	Role    results.Role
+	Summary string // one line: what is different, and what it shows
+	Set     []string
+}
+
+// Experiment is a scenario's parameters and what is done with them. A run calls
+// its methods in this order, each once.
+type Experiment interface {
+	// Flags registers every parameter; the value that a flag has at this time
+	// is its default.
+	Flags(fs *flag.FlagSet)
+	// Check says which parameters are out of range or contradict each other.
+	Check() error
+	// Predict returns the claims, from the parameters and the kernel's rules
+	// alone: nothing has been started yet.
+	Predict(role results.Role, rules KernelRules) []results.Prediction
+	// Topology is the network the experiment takes place in.
+	Topology() netlab.Topology
+	// Measure runs the experiment in a lab that stands, and fills metrics,
+	// warnings, series and void conditions into v.
+	Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *results.Variant) error
+}
+
+// All lists every scenario, in the order of the articles.
+var All = []*Scenario{&Backlog}
+
+// ErrUsage is wrapped by every error about what the caller asked for: an
+// unknown incident, variant or parameter, or a value out of range.
+var ErrUsage = errors.New("usage")
+
+type usageError struct{ text string }
+
+func (e usageError) Error() string        { return e.text }
+func (e usageError) Is(target error) bool { return target == ErrUsage }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Sprintf(format, args...)} }
+
+// Find returns the scenario of that name.
+func Find(name string) (*Scenario, error) {
+	names := make([]string, len(All))
+	for i, s := range All {
+		if s.Name == name {
+			return s, nil
+		}
+		names[i] = s.Name
+	}
+	return nil, usagef("unknown incident %q; there is: %s", name, strings.Join(names, ", "))
+}
+
+// Variant returns the variant of that name.
+func (s *Scenario) Variant(name string) (Variant, error) {
+	names := make([]string, len(s.Variants))
+	for i, v := range s.Variants {
+		if v.Name == name {
+			return v, nil
+		}
+		names[i] = v.Name
+	}
+	return Variant{}, usagef("incident %s has no variant %q; there is: %s", s.Name, name, strings.Join(names, ", "))
+}
+
+// Options is how a scenario is run, as opposed to what it runs.
+type Options struct {
+	// Variants names the arms to run; empty means all.
+	Variants []string
+	// Set overrides parameters of every arm, as "name=value". It wins over what
+	// a variant sets.
+	Set []string
+	// Server is the server under test: [ServerMini] or [ServerRedis].
+	Server string
+	// Self is the executable that runs `server` as connlab does; empty means
+	// this one.
+	Self string
+	// Progress is told what is going on, a line at a time; nil is silent.
+	Progress func(line string)
+	// Log gets the output of the programs under test; nil discards it.
+	Log io.Writer
+}
+
+func (o Options) progress(format string, args ...any) {
+	if o.Progress != nil {
+		o.Progress(fmt.Sprintf(format, args...))
+	}
+}
+
+// Run runs the arms of a scenario, one after the other, and judges them. It
+// fails with ErrUsage before anything is started if a name or value is wrong.
+// Where the kernel or the privilege lacks something, the arm is skipped with the
+// reason. A run that breaks makes its arm void. Only when ctx ends early does Run
+// return both the record so far and an error.
+func Run(ctx context.Context, s *Scenario, opt Options) (*results.Record, error) {
+	arms, err := s.prepare(opt)
+	if err != nil {
+		return nil, err
+	}
+	srv, err := findServer(opt)
+	if err != nil {
+		return nil, err
+	}
+	rec, err := results.New(s.Name)
+	if err != nil {
+		return nil, err
+	}
+	rec.Server = srv.version()
+	rec.Parameters = arms[0].defaults
+	rules := ReadKernelRules()
+	for i, arm := range arms {
+		name := fmt.Sprintf("%s %d/%d %s", s.Name, i+1, len(arms), arm.variant.Name)
+		armOpt := opt
+		armOpt.Progress = func(line string) { opt.progress("%s: %s", name, line) }
+		began := time.Now()
+		v := arm.runUntilTold(ctx, rules, armOpt)
+		rec.Variants = append(rec.Variants, v)
+		opt.progress("%s: %s in %.1f s", name, v.Verdict, time.Since(began).Seconds())
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	rec.Seconds = time.Since(rec.Started).Seconds()
+	return rec, context.Cause(ctx)
+}
+
+// arm is a variant with its parameters filled in.
+type arm struct {
+	variant    Variant
+	experiment Experiment
+	defaults   map[string]string // of the scenario, with Options.Set
+	differs    map[string]string // where this arm differs from them
+	overridden []string          // settings of the variant that Options.Set replaced
+}
+
+func (s *Scenario) prepare(opt Options) ([]arm, error) {
+	chosen := s.Variants
+	if len(opt.Variants) > 0 {
+		chosen = nil
+		for _, name := range opt.Variants {
+			v, err := s.Variant(name)
+			if err != nil {
+				return nil, err
+			}
+			chosen = append(chosen, v)
+		}
+	}
+	base := s.New()
+	if err := apply(base, opt.Set); err != nil {
+		return nil, err
+	}
+	defaults := spell(base)
+	var arms []arm
+	for _, v := range chosen {
+		a := arm{variant: v, experiment: s.New(), defaults: defaults, differs: map[string]string{}}
+		if err := apply(a.experiment, append(slices.Clone(v.Set), opt.Set...)); err != nil {
+			return nil, err
+		}
+		if err := a.experiment.Check(); err != nil {
+			return nil, usagef("variant %s: %v", v.Name, err)
+		}
+		for name, value := range spell(a.experiment) {
+			if value != defaults[name] {
+				a.differs[name] = value
+			}
+		}
+		for _, set := range v.Set {
+			name, _, _ := strings.Cut(set, "=")
+			if slices.ContainsFunc(opt.Set, func(o string) bool { return strings.HasPrefix(o, name+"=") }) {
+				a.overridden = append(a.overridden, set)
+			}
+		}
+		arms = append(arms, a)
+	}
+	return arms, nil
+}
+
+// flags returns the parameters of e as a flag set, bound to e.
+func flags(e Experiment) *flag.FlagSet {
+	fs := flag.NewFlagSet("", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	e.Flags(fs)
+	return fs
+}
+
+func apply(e Experiment, settings []string) error {
+	fs := flags(e)
+	for _, set := range settings {
+		name, value, ok := strings.Cut(set, "=")
+		if !ok {
+			return usagef("--set %s: want name=value", set)
+		}
+		if fs.Lookup(name) == nil {
+			var names []string
+			fs.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
+			return usagef("--set %s: unknown parameter %q; there is: %s", set, name, strings.Join(names, ", "))
+		}
+		if err := fs.Set(name, value); err != nil {
+			return usagef("--set %s: %v", set, err)
+		}
+	}
+	return nil
+}
+
+// spell returns every parameter as it would be typed.
+func spell(e Experiment) map[string]string {
+	values := map[string]string{}
+	flags(e).VisitAll(func(f *flag.Flag) { values[f.Name] = f.Value.String() })
+	return values
+}
+
+// Parameters returns the scenario's parameters with their defaults and help.
+func (s *Scenario) Parameters() []*flag.Flag {
+	var all []*flag.Flag
+	flags(s.New()).VisitAll(func(f *flag.Flag) { all = append(all, f) })
+	return all
+}
+
+// tries is how often an arm is run whose run says nothing, because the machine
+// was too busy for the experiment that was asked for.
+const tries = 3
+
+// runUntilTold runs an arm, and again if it was void. A refuted arm is never run
+// again, and the record says how often was tried and why.
+func (a arm) runUntilTold(ctx context.Context, rules KernelRules, opt Options) results.Variant {
+	var voids []string
+	for try := 1; ; try++ {
+		v, err := a.run(ctx, rules, opt)
+		if v.Verdict != results.Void || err != nil || try == tries {
+			v.Warnings = append(v.Warnings, voids...)
+			return v
+		}
+		voids = append(voids, fmt.Sprintf("try %d was void: %s", try, v.Reason))
+		opt.progress("void, once more: %s", v.Reason)
+	}
+}
+
+// run takes one arm from prediction to verdict. An error is no condition of the
+// machine: trying again is of no use.
+func (a arm) run(ctx context.Context, rules KernelRules, opt Options) (results.Variant, error) {
+	v := results.Variant{
+		Name:        a.variant.Name,
+		Role:        a.variant.Role,
+		Summary:     a.variant.Summary,
+		Parameters:  a.differs,
+		Predictions: a.experiment.Predict(a.variant.Role, rules),
+		Metrics:     map[string]results.Metric{},
+	}
+	if len(a.overridden) > 0 {
+		v.Warnings = append(v.Warnings, "set by hand, so no longer what the variant is about: "+strings.Join(a.overridden, ", "))
+	}
+	opt.progress("starting %d hosts", len(a.experiment.Topology().Hosts))
+	lab, err := netlab.Up(ctx, a.experiment.Topology())
+	if err == nil {
+		err = a.experiment.Measure(ctx, lab, opt, &v)
+		err = errors.Join(err, lab.Down())
+	}
+	var need *netlab.NeedError
+	switch {
+	case errors.As(err, &need):
+		v.Skip(need.Error())
+	case ctx.Err() != nil:
+		v.Void("interrupted")
+	case err != nil:
+		v.Void(err.Error())
+	}
+	v.Judge()
+	return v, err
+}

@@ -1,0 +1,221 @@
+package scenarios
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"golang.org/x/sys/unix"
+
+	"connlab/netlab"
+)
+
+// The servers that a scenario can be run against.
+const (
+	ServerMini  = "mini"  // connlab's own: `connlab server`
+	ServerRedis = "redis" // the redis-server found in PATH
+)
+
+// NeedRedis is what `--server redis` takes from the machine.
+const NeedRedis netlab.Need = "redis-server"
+
+// redisPort is where every server under test listens.
+const redisPort = 6379
+
+// program is the executable of a server under test.
+type program struct {
+	kind    string
+	path    string
+	release string
+}
+
+// findServer says what is missing before anything is started.
+func findServer(opt Options) (program, error) {
+	switch opt.Server {
+	case ServerMini, "":
+		path := opt.Self
+		if path == "" {
+			self, err := os.Executable()
+			if err != nil {
+				return program{}, fmt.Errorf("finding this executable: %w", err)
+			}
+			path = self
+		}
+		return program{kind: ServerMini, path: path}, nil
+	case ServerRedis:
+		path, err := exec.LookPath("redis-server")
+		if err != nil {
+			return program{}, &netlab.NeedError{Need: NeedRedis, Err: errors.New("it is not in PATH; install it with: apt-get install redis-server")}
+		}
+		out, err := exec.Command(path, "--version").Output()
+		if err != nil {
+			return program{}, fmt.Errorf("%s --version: %w", path, err)
+		}
+		release := "unknown release"
+		if m := regexp.MustCompile(`v=(\S+)`).FindSubmatch(out); m != nil {
+			release = string(m[1])
+		}
+		return program{kind: ServerRedis, path: path, release: release}, nil
+	}
+	return program{}, usagef("unknown server %q; there is: %s, %s", opt.Server, ServerMini, ServerRedis)
+}
+
+func (p program) version() string { return strings.TrimSpace(p.kind + " " + p.release) }
+
+// serverConfig is what a scenario chooses of a server.
+type serverConfig struct {
+	backlog         int
+	acceptsPerCycle int // the mini server's; redis-server has its own
+}
+
+func (p program) args(cfg serverConfig) []string {
+	if p.kind == ServerMini {
+		return []string{
+			"server", "--addr", fmt.Sprintf("0.0.0.0:%d", redisPort),
+			"--backlog", strconv.Itoa(cfg.backlog),
+			"--accepts-per-cycle", strconv.Itoa(cfg.acceptsPerCycle),
+		}
+	}
+	return []string{
+		"--bind", "0.0.0.0", "--port", strconv.Itoa(redisPort), "--protected-mode", "no",
+		"--tcp-backlog", strconv.Itoa(cfg.backlog),
+		// No files: nothing is left when it is killed.
+		"--save", "", "--appendonly", "no", "--logfile", "", "--daemonize", "no",
+	}
+}
+
+// target is a server under test that runs on a host.
+type target struct {
+	program
+	host    *netlab.Host
+	proc    *netlab.Process
+	addr    netip.AddrPort
+	control redis.Conn // one connection, made before the load and kept
+}
+
+// start runs the server and returns when it listens and answers.
+func (p program) start(ctx context.Context, host *netlab.Host, cfg serverConfig, log io.Writer) (*target, error) {
+	proc, err := host.Start(ctx, netlab.Program{
+		Path: p.path, Args: p.args(cfg), Dir: "/",
+		Ready:  func() error { return host.Listening(redisPort) },
+		Stdout: log, Stderr: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	t := &target{program: p, host: host, proc: proc, addr: netip.AddrPortFrom(host.Addr(), redisPort)}
+	conn, err := host.DialContext(ctx, "tcp", t.addr.String())
+	if err != nil {
+		return nil, fmt.Errorf("control connection: %w", err)
+	}
+	// The control connection waits through a stall, so its limit is the run's.
+	t.control = redis.NewConn(conn, 2*time.Minute, 2*time.Minute)
+	if _, err := t.control.Do("PING"); err != nil {
+		return nil, fmt.Errorf("control connection: %w", err)
+	}
+	return t, nil
+}
+
+func (t *target) stop() error {
+	return errors.Join(t.control.Close(), t.proc.Stop(2*time.Second))
+}
+
+// stall is when the server's event loop stood still.
+type stall struct{ begin, end time.Time }
+
+func (s stall) length() time.Duration { return s.end.Sub(s.begin) }
+
+// stand makes the event loop stand still for d, outside any command, and
+// returns when it is over. The mini server stalls in its cron, within a tenth of
+// a second from now; redis-server is stopped from outside, at once.
+func (t *target) stand(ctx context.Context, d time.Duration) (stall, error) {
+	if t.kind == ServerRedis {
+		return t.standStopped(ctx, d)
+	}
+	before, err := t.info("connlab")
+	if err != nil {
+		return stall{}, err
+	}
+	if _, err := t.control.Do("CONNLAB", "STALL", d.Milliseconds()); err != nil {
+		return stall{}, fmt.Errorf("arming a stall: %w", err)
+	}
+	// The next answer after the stall has begun comes when it is over.
+	for deadline := time.Now().Add(d + 10*time.Second); ; {
+		now, err := t.info("connlab")
+		if err != nil {
+			return stall{}, err
+		}
+		if now["stalls_total"] != before["stalls_total"] {
+			begin, err1 := unixMicro(now["last_stall_start_us"])
+			end, err2 := unixMicro(now["last_stall_end_us"])
+			return stall{begin, end}, errors.Join(err1, err2)
+		}
+		if time.Now().After(deadline) {
+			return stall{}, fmt.Errorf("the server has not stalled %v after it was told to; stalls_total is %q", d, now["stalls_total"])
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return stall{}, err
+		}
+	}
+}
+
+func (t *target) standStopped(ctx context.Context, d time.Duration) (s stall, err error) {
+	if err := t.proc.Signal(unix.SIGSTOP); err != nil {
+		return s, err
+	}
+	s.begin = time.Now()
+	err = sleep(ctx, d)
+	s.end = time.Now()
+	return s, errors.Join(err, t.proc.Signal(unix.SIGCONT))
+}
+
+func unixMicro(text string) (time.Time, error) {
+	us, err := strconv.ParseInt(text, 10, 64)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("server time %q: %w", text, err)
+	}
+	return time.UnixMicro(us), nil
+}
+
+// info returns one section of INFO.
+func (t *target) info(section string) (map[string]string, error) {
+	text, err := redis.Bytes(t.control.Do("INFO", section))
+	if err != nil {
+		return nil, fmt.Errorf("INFO %s: %w", section, err)
+	}
+	fields := map[string]string{}
+	for line := range bytes.Lines(text) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(string(line)), ":"); ok {
+			fields[name] = value
+		}
+	}
+	return fields, nil
+}
+
+// slowlogLen is how many commands the server itself found slow.
+func (t *target) slowlogLen() (int, error) {
+	n, err := redis.Int(t.control.Do("SLOWLOG", "LEN"))
+	if err != nil {
+		return 0, fmt.Errorf("SLOWLOG LEN: %w", err)
+	}
+	return n, nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(d):
+		return nil
+	}
+}
