@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"regexp"
 	"strconv"
 	"time"
 
@@ -42,11 +43,11 @@ var Backlog = Scenario{
 			Summary: "backlog 511 and a server that keeps accepting: the root cause removed, nothing to see"},
 		{Name: "placebo", Role: results.Control, Set: []string{"max-syn-backlog=65536"},
 			Summary: "tcp_max_syn_backlog raised: a knob of the other queue, the numbers of the incident must come back"},
-		{Name: "late-ack", Role: results.Incident, Set: []string{"stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms"},
+		{Name: "late-ack", Role: results.Incident, Set: []string{"held=0", "stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms"},
 			Summary: "with latency the queue fills between SYN-ACK and ACK: clients believe that they are connected"},
-		{Name: "late-ack-abort", Role: results.FalseLead, Set: []string{"stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms", "abort=1"},
+		{Name: "late-ack-abort", Role: results.FalseLead, Set: []string{"held=0", "stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms", "abort=1"},
 			Summary: "the same with tcp_abort_on_overflow=1: those clients get ECONNRESET, after connect() has succeeded"},
-		{Name: "cookies", Role: results.Incident, Set: []string{"stall=2500ms", "volley-1=1000", "delay=40ms"},
+		{Name: "cookies", Role: results.Incident, Set: []string{"held=0", "stall=2500ms", "volley-1=1000", "delay=40ms"},
 			Summary: "a burst beyond the SYN queue too: SYN cookies answer it, and the server keeps no trace of the ghosts"},
 	},
 }
@@ -195,7 +196,7 @@ func (b *backlog) queue(rules KernelRules) acceptQueue {
 const (
 	metricLimit       = "server/Listen.Limit"
 	metricPeakDepth   = "server/Listen.PeakDepth"
-	metricEstablished = "server/State.ESTABLISHED.Peak"
+	metricEstablished = "server/State.ESTABLISHED.InStall"
 	metricOverflows   = "server/TcpExt.ListenOverflows"
 	metricDropsOnly   = "server/ListenDropsWithoutOverflow"
 	metricStall       = "server/Stall"
@@ -254,58 +255,92 @@ func (b *backlog) predictSymptom(role results.Role) []results.Prediction {
 // clients is how many operations the load consists of.
 func (b *backlog) clients() int { return b.load().Count() }
 
+// claim is a prediction whose inputs are those of all that its formula names.
+func claim(metric, unit, formula string, all map[string]float64, predicted float64, tol results.Tolerance, note string) results.Prediction {
+	p := results.Prediction{
+		Metric: metric, Unit: unit, Formula: formula, Inputs: map[string]float64{},
+		Predicted: predicted, Tolerance: tol, Note: note,
+	}
+	for _, name := range formulaName.FindAllString(formula, -1) {
+		if value, known := all[name]; known {
+			p.Inputs[name] = value
+		}
+	}
+	return p
+}
+
+var formulaName = regexp.MustCompile(`[\p{L}_][\p{L}\p{N}_]*`)
+
+// within is a relative tolerance, except that a predicted nothing is exact.
+func within(predicted, rel float64) results.Tolerance {
+	if predicted == 0 {
+		return results.Exactly()
+	}
+	return results.Within(rel)
+}
+
+// racingAttempts is how often one client can be counted that got a SYN-ACK while
+// another took the last place, as two processors do at once: its ACK is dropped,
+// so is its request, and so is each time either is sent again during a stall.
+const racingAttempts = 8
+
 // predictArrivals is for arrivals at a rate around a stall.
 func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
-	lambda, t, places := q.Rate, q.Stall.Seconds(), float64(q.places())
-	inputs := map[string]float64{"λ": lambda, "T": t, "B": float64(q.limit())}
-	within := func(predicted, rel float64) results.Tolerance {
-		if predicted == 0 {
-			return results.Exactly()
-		}
-		return results.Within(rel)
-	}
-	p := func(metric, unit, formula, note string, predicted float64, tol results.Tolerance) results.Prediction {
-		return results.Prediction{Metric: metric, Unit: unit, Formula: formula, Note: note, Inputs: inputs, Predicted: predicted, Tolerance: tol}
-	}
+	places, victims := float64(q.places()), q.victims()
+	inputs := map[string]float64{"λ": q.Rate, "T": q.Stall.Seconds(), "B": float64(q.limit()), "held": float64(b.Held)}
 	peak, peakTol := places, results.Exactly()
 	if q.arrivals() < places {
 		// The queue does not fill: a few arrivals more or fewer, and a
 		// server that works has its queue near, not at, zero.
 		peak, peakTol = q.arrivals(), results.PlusMinus(max(0.05*q.arrivals(), 20))
 	}
-	victims := q.victims()
 	claims := []results.Prediction{
-		p(metricPeakDepth, "connections", "min(B+1, λT)", "", peak, peakTol),
-		p(metricVictims, "connections", "max(0, λT − (B+1))", "clients whose first SYN is dropped", victims, within(victims, 0.05)),
-		p(metricOverflows, "SYNs", "Σₖ λ·max(0, T − (B+1)/λ − rₖ)", "SYNs dropped, those sent again at rₖ included", q.attempts(), within(q.attempts(), 0.05)),
-		p(metricDropsOnly, "SYNs", "0", "ListenDrops − ListenOverflows", 0, results.Exactly()),
+		claim(metricPeakDepth, "connections", "min(B+1, λ·T)", inputs, peak, peakTol, "connections that wait for accept()"),
+		claim(metricDropsOnly, "SYNs", "0", nil, 0, results.Exactly(), "ListenDrops − ListenOverflows: nothing is dropped for another reason"),
 	}
-	if b.Held > 0 {
-		held := float64(b.Held)
-		claims = append(claims, results.Prediction{
-			Metric: metricEstablished, Unit: "sockets", Formula: "held + min(B+1, λT)",
-			Inputs:    map[string]float64{"held": held, "λ": lambda, "T": t, "B": float64(q.limit())},
-			Predicted: held + peak, Tolerance: results.Within(0.02),
-		})
+	if b.Held > 0 && b.Stall > 0 {
+		claims = append(claims, claim(metricEstablished, "sockets", "held + min(B+1, λ·T)", inputs, float64(b.Held)+peak, results.Within(0.02),
+			"at most, while the server stands still"))
 	}
-	gaveUp := q.gaveUp()
-	claims = append(claims, p(metricTimeouts, "connections", "λ·max(0, T − (B+1)/λ − r)", fmt.Sprintf("r: the last SYN within the timeout of %v", b.Timeout), gaveUp, within(gaveUp, 0.05)))
-	if gaveUp == 0 {
-		// Every SYN that was dropped was sent again, and none for another reason.
-		claims = append(claims, p(metricUnanswered, "SYNs", "0", "TCPSynRetrans of all clients − ListenOverflows", 0, results.Exactly()))
-		counts := q.byRetry()
-		claims = append(claims, p(metricFailed, "connections", "0", "patient clients connect in the end", 0, results.Exactly()))
-		if victims > 0 {
-			claims = append(claims,
-				p(metricRetriedOnce, "connections", "λ·(T − (B+1)/λ) − retried twice or more", "connect time near "+spellRetries(q.Retries[:1]), counts[1], within(counts[1], 0.05)),
-				p(metricRetriedMore, "connections", "λ·max(0, T − (B+1)/λ − r₁)", "connect time near "+spellRetries(q.Retries[1:2]), counts[2], within(counts[2], 0.15)),
-			)
+	if victims == 0 {
+		claims = append(claims,
+			claim(metricVictims, "connections", "max(0, λ·T − (B+1))", inputs, 0, results.Exactly(), "clients whose first SYN is dropped"),
+			claim(metricOverflows, "SYNs", "0", nil, 0, results.Exactly(), "the queue never overflows"),
+			claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "every client is served"),
+		)
+		if b.Stall > 0 {
+			claims = append(claims, claim(metricLatencyMax, "s", "T", inputs, b.Stall.Seconds(), results.PlusMinus(0.1),
+				"who comes as the stall begins waits for all of it"))
 		}
+		return claims
 	}
-	if victims == 0 && b.Stall > 0 {
-		claims = append(claims, p(metricLatencyMax, "s", "T", "the first to wait waits longest", t, results.PlusMinus(0.1)))
+	late := fmt.Sprintf("timers are %v late on average", q.Rounding/2)
+	claims = append(claims,
+		claim(metricVictims, "connections", "max(0, λ·T − (B+1))", inputs, victims, results.Within(0.05), "clients whose first SYN is dropped"),
+		claim(metricOverflows, "SYNs", "Σ λ·max(0, T − (B+1)/λ − r)", inputs, q.attempts(), results.Within(0.05),
+			fmt.Sprintf("attempts: r = 0 and SYN retries at %s; %s", spellRetries(q.Retries), late)),
+	)
+	if gaveUp := q.gaveUp(); gaveUp > 0 {
+		last := 0.0
+		if n := len(q.Retries); n > 0 {
+			last = q.Retries[n-1].Seconds()
+		}
+		inputs["r"] = last
+		return append(claims, claim(metricTimeouts, "connections", "λ·max(0, T − (B+1)/λ − r)", inputs, gaveUp, results.Within(0.05),
+			fmt.Sprintf("r: the last SYN within the timeout of %v", b.Timeout)))
 	}
-	return claims
+	counts := q.byRetry()
+	twice := counts[2]
+	inputs["r₁"] = q.Retries[0].Seconds()
+	return append(claims,
+		claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "patient clients connect in the end"),
+		claim(metricUnanswered, "SYNs", "0", nil, 0, results.PlusMinus(racingAttempts),
+			"TCPSynRetrans of all clients − ListenOverflows; a handshake that races for the last place counts apart"),
+		claim(metricRetriedOnce, "connections", "λ·T − (B+1) − λ·max(0, T − (B+1)/λ − r₁)", inputs, counts[1], within(counts[1], 0.05),
+			"connect time near "+spellRetries(q.Retries[:1])),
+		claim(metricRetriedMore, "connections", "λ·max(0, T − (B+1)/λ − r₁)", inputs, twice, within(twice, 0.15),
+			"connect time near "+spellRetries(q.Retries[1:2])+"; "+late),
+	)
 }
 
 // predictVolleys is for one or two volleys inside a stall, over a link with
@@ -314,35 +349,29 @@ func (b *backlog) predictVolleys(q acceptQueue) []results.Prediction {
 	n, places := float64(b.Volley1+b.Volley2), float64(q.places())
 	inputs := map[string]float64{"n": n, "B": float64(q.limit())}
 	late := max(0, n-places)
-	p := func(metric, unit, formula, note string, predicted float64, tol results.Tolerance) results.Prediction {
-		return results.Prediction{Metric: metric, Unit: unit, Formula: formula, Note: note, Inputs: inputs, Predicted: predicted, Tolerance: tol}
+	exact := func(metric, unit, formula string, predicted float64, note string) results.Prediction {
+		return claim(metric, unit, formula, inputs, predicted, results.Exactly(), note)
 	}
 	claims := []results.Prediction{
-		p(metricPeakDepth, "connections", "min(B+1, n)", "", min(places, n), results.Exactly()),
-		p(metricVictims, "connections", "0", "every SYN is answered", 0, results.Exactly()),
+		exact(metricPeakDepth, "connections", "min(B+1, n)", min(places, n), "connections that wait for accept()"),
+		exact(metricVictims, "connections", "0", 0, "every SYN is answered"),
 	}
-	switch {
-	case b.Volley2 == 0 && n > places:
+	if b.Abort == 1 && b.Volley2 > 0 {
+		return append(claims,
+			exact(metricResets, "connections", "max(0, n − (B+1))", late, "ECONNRESET, after connect() has succeeded"),
+			exact(metricEmbryonic, "RSTs", "max(0, n − (B+1))", late, "resets of handshakes that found no room"),
+			exact(metricGhosts, "connections", "0", 0, "they were told"),
+		)
+	}
+	claims = append(claims,
+		exact(metricEstabAtJoin, "sockets", "n", n, "every client believes that it is connected"),
+		exact(metricGhosts, "connections", "max(0, n − (B+1))", late, "ESTABLISHED at the client, not at the server"),
+		exact(metricResets, "connections", "0", 0, "they are not told"),
+		claim(metricOverflows, "ACKs", "max(0, n − (B+1))", inputs, late, results.AtLeast(), "attempts: every ACK and request that finds no room"),
+	)
+	if b.Volley2 == 0 {
 		// The SYN queue holds B+1 requests as well; cookies answer the rest.
-		claims = append(claims,
-			p(metricCookies, "SYNs", "n − (B+1)", "SYNs beyond the SYN queue", late, results.Exactly()),
-			p(metricEstabAtJoin, "sockets", "n", "every client believes that it is connected", n, results.Exactly()),
-			p(metricGhosts, "connections", "n − (B+1)", "ESTABLISHED at the client, not at the server", late, results.Exactly()),
-		)
-	case b.Abort == 1:
-		claims = append(claims,
-			p(metricResets, "connections", "n − (B+1)", "ECONNRESET after connect() has succeeded", late, results.Exactly()),
-			p(metricEmbryonic, "RSTs", "n − (B+1)", "", late, results.Exactly()),
-			p(metricGhosts, "connections", "0", "they were told", 0, results.Exactly()),
-		)
-	default:
-		claims = append(claims,
-			p(metricEstabAtJoin, "sockets", "n", "every client believes that it is connected", n, results.Exactly()),
-			p(metricGhosts, "connections", "n − (B+1)", "ESTABLISHED at the client, not at the server", late, results.Exactly()),
-			p(metricHalfOpen, "connections", "n − (B+1)", "handshakes that the server still holds open for them", late, results.Exactly()),
-			p(metricResets, "connections", "0", "they are not told", 0, results.Exactly()),
-			p(metricOverflows, "ACKs", "n − (B+1)", "the counter counts attempts: every ACK and data packet that finds no room", late, results.AtLeast()),
-		)
+		return append(claims, exact(metricCookies, "SYNs", "max(0, n − (B+1))", late, "SYNs beyond the SYN queue"))
 	}
-	return claims
+	return append(claims, exact(metricHalfOpen, "connections", "max(0, n − (B+1))", late, "handshakes that the server still holds open for them"))
 }

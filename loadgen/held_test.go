@@ -1,0 +1,175 @@
+package loadgen
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// hold opens n connections, all of which must succeed.
+func hold(t testing.TB, n int, cfg Config) *Held {
+	t.Helper()
+	cfg.Schedule = Constant(5000, time.Hour).First(n)
+	held, report, err := Hold(t.Context(), cfg)
+	require.NoError(t, err)
+	t.Cleanup(held.Close)
+	require.NoError(t, report.Balanced())
+	require.EqualValues(t, n, report.OK, "failed: %v", report.Failed)
+	require.Equal(t, n, held.Len())
+	return held
+}
+
+func TestOperationsOverHeldConnections(t *testing.T) {
+	const conns, n = 500, 3000
+	target := epollServer(t)
+	held := hold(t, conns, Config{Target: target, Sources: []Source{LocalSource("a", netip.MustParseAddr("127.0.0.2")), LocalSource("b", netip.MustParseAddr("127.0.0.3"))}})
+	used := map[netip.AddrPort]int{}
+	report := load(t, Config{Held: held, Schedule: Constant(2000, n*ms/2), OnOp: func(op Op) {
+		if op.Class == OK {
+			used[op.Local]++
+			assert.Equal(t, []string{"127.0.0.2", "127.0.0.3"}[op.Source], op.Local.Addr().String())
+		}
+	}})
+	assert.EqualValues(t, n, report.Due)
+	assert.Empty(t, report.Failed)
+	// The server may stand still for a quarter of a second before all
+	// connections are busy; a machine that does more often is of no use.
+	assert.Less(t, report.NotStarted, int64(n/10))
+	assert.Zero(t, report.Connect.Count())
+	assert.Len(t, used, conns, "all connections take part")
+	assert.Equal(t, conns, held.Len())
+	assert.Empty(t, held.Lost())
+}
+
+func TestLostConnectionsAreNoticed(t *testing.T) {
+	const n = 30
+	var mu sync.Mutex
+	var atServer []*net.TCPConn
+	end := make(chan struct{})
+	defer close(end)
+	target := serve(t, func(c *net.TCPConn) {
+		if !request(c) {
+			return
+		}
+		mu.Lock()
+		atServer = append(atServer, c)
+		mu.Unlock()
+		_, _ = c.Write([]byte("+PONG\r\n"))
+		<-end
+	})
+	held := hold(t, n, Config{Target: target})
+	mu.Lock()
+	defer mu.Unlock()
+	require.Empty(t, held.Lost())
+	for i, c := range atServer {
+		switch i % 3 {
+		case 0:
+			require.NoError(t, c.CloseWrite())
+		case 1:
+			require.NoError(t, c.SetLinger(0))
+			require.NoError(t, c.Close())
+		}
+	}
+	_, err := atServer[2].Write([]byte("+unasked\r\n"))
+	require.NoError(t, err)
+	want := Counts{EOF: 10, ReadReset: 10, BadReply: 1}
+	eventually(t, func() (bool, any) {
+		lost := held.Lost()
+		return assert.ObjectsAreEqual(want, lost), lost
+	})
+	assert.Equal(t, 9, held.Len())
+
+	// The rest is out of use to nobody but those that are gone.
+	report := load(t, Config{Held: held, Schedule: Burst(n, 0), ReplyTimeout: 50 * ms})
+	assert.EqualValues(t, n-9, report.NotStarted)
+	assert.Equal(t, Counts{ReadTimeout: 9}, report.Failed)
+	assert.Zero(t, held.Len(), "a late reply would be taken for the next one's, so a connection does not outlive a timeout")
+	assert.Equal(t, want, held.Lost(), "what fails in operation is in the report")
+}
+
+func TestLossDuringARun(t *testing.T) {
+	var mu sync.Mutex
+	var once sync.Once
+	var first *net.TCPConn
+	target := serve(t, func(c *net.TCPConn) {
+		mu.Lock()
+		once.Do(func() { first = c })
+		mu.Unlock()
+		pong(c)
+	})
+	held := hold(t, 2, Config{Target: target})
+	mu.Lock()
+	require.NoError(t, first.CloseWrite())
+	mu.Unlock()
+	report := load(t, Config{Held: held, Schedule: Constant(100, 100*ms)})
+	assert.Empty(t, report.Failed, "nobody was sent to the one that is lost")
+	assert.Positive(t, report.OK)
+	assert.Equal(t, Counts{EOF: 1}, held.Lost())
+	assert.Equal(t, 1, held.Len())
+}
+
+func TestAnErrorReplyLeavesTheConnectionInOrder(t *testing.T) {
+	target := serve(t, func(c *net.TCPConn) {
+		reply := "+PONG\r\n"
+		for request(c) {
+			if _, err := c.Write([]byte(reply)); err != nil {
+				return
+			}
+			reply = "-LOADING\r\n"
+		}
+	})
+	held := hold(t, 30, Config{Target: target})
+	for range 3 {
+		report := load(t, Config{Held: held, Schedule: Burst(30, 0)})
+		assert.Equal(t, Counts{ServerError: 30}, report.Failed)
+		assert.Equal(t, 30, held.Len())
+	}
+}
+
+func TestHoldKeepsOnlyWhatIsOK(t *testing.T) {
+	held, report, err := Hold(t.Context(), Config{Target: serve(t, answer("-ERR max number of clients reached\r\n")), Schedule: Burst(5, 0)})
+	require.NoError(t, err)
+	defer held.Close()
+	assert.Equal(t, Counts{ServerError: 5}, report.Failed)
+	assert.Zero(t, held.Len())
+}
+
+func TestHoldCanceled(t *testing.T) {
+	// What was opened before is the caller's, together with the account.
+	ctx, cancel := context.WithCancel(t.Context())
+	held, report, err := Hold(ctx, Config{Target: serve(t, pong), Schedule: Merge(Burst(5, 0), Burst(5, time.Hour)), OnOp: func(op Op) {
+		if op.Index == 4 {
+			cancel()
+		}
+	}})
+	require.ErrorIs(t, err, context.Canceled)
+	defer held.Close()
+	require.NoError(t, report.Balanced())
+	assert.EqualValues(t, 5, report.Due)
+	assert.EqualValues(t, report.OK, held.Len())
+}
+
+func TestHeldServesOneRunAtATime(t *testing.T) {
+	held := hold(t, 2, Config{Target: serve(t, pong)})
+	var inner error
+	var length int
+	report := load(t, Config{Held: held, Schedule: Burst(1, 0), OnOp: func(Op) {
+		_, inner = Run(t.Context(), Config{Held: held, Schedule: Burst(1, 0)})
+		length = held.Len()
+	}})
+	assert.EqualValues(t, 1, report.OK)
+	require.ErrorContains(t, inner, "in use")
+	assert.Equal(t, 2, length, "Len answers during a run")
+
+	held.Close()
+	held.Close()
+	assert.Zero(t, held.Len())
+	_, err := Run(t.Context(), Config{Held: held, Schedule: Burst(1, 0)})
+	assert.ErrorContains(t, err, "closed")
+}
