@@ -17,10 +17,10 @@ import (
 // goroutine at a time works with it; the counters may be read by any.
 type sockets struct {
 	epoll   int
-	conns   []*conn // by slot
-	free    []*conn // slots without a connection
-	idle    list    // held connections without an operation, longest idle first
-	ready   [32]unix.EpollEvent
+	conns   []*conn             // by slot
+	free    []*conn             // slots without a connection
+	idle    list                // held connections without an operation, longest idle first
+	ready   [32]unix.EpollEvent // few at a time: an operation may have come due meanwhile
 	scratch [64 << 10]byte
 
 	noPwait2 bool // the kernel lacks epoll_pwait2 (before 5.11)

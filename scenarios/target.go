@@ -26,9 +26,6 @@ const (
 	ServerRedis = "redis" // the redis-server found in PATH
 )
 
-// NeedRedis is what `--server redis` takes from the machine.
-const NeedRedis netlab.Need = "redis-server"
-
 // redisPort is where every server under test listens.
 const redisPort = 6379
 
@@ -55,7 +52,7 @@ func findServer(opt Options) (program, error) {
 	case ServerRedis:
 		path, err := exec.LookPath("redis-server")
 		if err != nil {
-			return program{}, &netlab.NeedError{Need: NeedRedis, Err: errors.New("it is not in PATH; install it with: apt-get install redis-server")}
+			return program{}, &netlab.NeedError{Need: netlab.NeedRedis, Err: errors.New("it is not in PATH; install it with: apt-get install redis-server")}
 		}
 		out, err := exec.Command(path, "--version").Output()
 		if err != nil {

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// mayImport says which of our own packages each package may import. A package
+// that is not listed may import nothing of ours and must be added here first:
+// the rules are the architecture (docs/architecture.md).
+var mayImport = map[string][]string{
+	"results":        nil,
+	"netlab":         nil,
+	"loadgen":        nil,
+	"server/resp":    nil,
+	"netlab/wire":    {"netlab"},
+	"netlab/observe": {"netlab"},
+	"netlab/l4lb":    {"netlab/wire"},
+	"loadgen/pool":   {"loadgen"},
+	"server":         {"server/resp"},
+	"server/proxy":   {"server/resp"},
+	"scenarios":      {"results", "netlab", "netlab/wire", "netlab/observe", "netlab/l4lb", "loadgen", "loadgen/pool", "server", "server/proxy", "server/resp"},
+	"cmd/connlab":    {"results", "netlab", "netlab/wire", "netlab/observe", "netlab/l4lb", "loadgen", "loadgen/pool", "server", "server/proxy", "server/resp", "scenarios"},
+}
+
+// setnsCallers are the only packages that may enter a namespace.
+var setnsCallers = []string{"netlab"}
+
+// The files are read, not asked of the go command: the test cache knows what a
+// test opens, and would answer from the cache after `go list`.
+func TestImportRules(t *testing.T) {
+	root := "../.."
+	module := "connlab/"
+	found := 0
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		require.NoError(t, err)
+		if d.IsDir() && (strings.HasPrefix(d.Name(), ".") && path != root || d.Name() == "testdata") {
+			return fs.SkipDir
+		}
+		if d.IsDir() || !strings.HasSuffix(path, ".go") {
+			return nil
+		}
+		pkg, err := filepath.Rel(root, filepath.Dir(path))
+		require.NoError(t, err)
+		source, err := os.ReadFile(path)
+		require.NoError(t, err)
+		file, err := parser.ParseFile(token.NewFileSet(), path, source, parser.ImportsOnly)
+		require.NoError(t, err)
+
+		allowed, known := mayImport[pkg]
+		assert.True(t, known, "package %s is not in the import rules", pkg)
+		found++
+		for _, spec := range file.Imports {
+			imported, err := strconv.Unquote(spec.Path.Value)
+			require.NoError(t, err)
+			ours, isOurs := strings.CutPrefix(imported, module)
+			if isOurs && ours != pkg {
+				assert.Contains(t, allowed, ours, "%s imports %s", path, imported)
+			}
+		}
+		if strings.Contains(string(source), "unix."+"Setns(") {
+			assert.True(t, slices.Contains(setnsCallers, pkg), "%s enters a namespace; only %v may", path, setnsCallers)
+		}
+		return nil
+	})
+	require.NoError(t, err)
+	require.Greater(t, found, 50, "too few Go files seen: is the walk right?")
+}
+
+// The top of the tree is given; a new folder there is a decision, not a habit.
+func TestTopLevel(t *testing.T) {
+	want := []string{"CHANGELOG.md", "Makefile", "README.md", "cmd", "docs", "go.mod", "go.sum", "loadgen", "netlab", "results", "scenarios", "server"}
+	entries, err := os.ReadDir("../..")
+	require.NoError(t, err)
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") || e.Name() == "bin" {
+			continue
+		}
+		assert.Contains(t, want, e.Name())
+	}
+}

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"connlab/results"
+	"connlab/scenarios"
+)
+
+func newRun() *cobra.Command {
+	var opt scenarios.Options
+	var asJSON, quiet, verbose bool
+	var save string
+	cmd := &cobra.Command{
+		Use:   "run INCIDENT",
+		Short: "Reproduce an incident, and judge predicted against measured",
+		Long: `Run builds the incident in network namespaces, predicts its numbers, drives the
+load, measures at both ends and prints predicted, measured, error and verdict.
+It needs root (or CAP_NET_ADMIN and CAP_SYS_ADMIN) and changes nothing outside
+its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
+
+` + exitHelp,
+		Example: `  sudo connlab run backlog
+  sudo connlab run backlog --variant incident --set backlog=1024
+  sudo connlab run backlog --server redis --json > redis.json
+  sudo connlab run backlog --variant incident --set stall=0s    # the check can fail`,
+		Args: exactly(1, "an incident; see `connlab list`"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := scenarios.Find(args[0])
+			if err != nil {
+				return err
+			}
+			line := &statusLine{w: cmd.ErrOrStderr(), quiet: quiet}
+			line.terminal = isTerminal(line.w)
+			opt.Progress = line.show
+			if verbose {
+				opt.Log = cmd.ErrOrStderr()
+			}
+			rec, err := scenarios.Run(cmd.Context(), s, opt)
+			line.clear()
+			if rec == nil {
+				return err
+			}
+			if save != "" {
+				path, saveErr := results.Save(save, rec)
+				if saveErr != nil {
+					return errors.Join(err, saveErr)
+				}
+				line.print("record: " + path)
+			}
+			if asJSON {
+				err = errors.Join(err, results.Write(cmd.OutOrStdout(), rec))
+			} else {
+				err = errors.Join(err, results.WriteTable(cmd.OutOrStdout(), rec, results.TableOptions{
+					Color: isTerminal(cmd.OutOrStdout()) && os.Getenv("NO_COLOR") == "", Charts: true,
+				}))
+			}
+			if err != nil {
+				return err
+			}
+			return exitError{code: results.ExitCode(rec.Verdict())}.orNil()
+		},
+	}
+	f := cmd.Flags()
+	f.StringSliceVar(&opt.Variants, "variant", nil, "run only this `variant` (may be given more than once)")
+	f.StringArrayVar(&opt.Set, "set", nil, "set a parameter of every variant: `name=value`; see `connlab show INCIDENT`")
+	f.StringVar(&opt.Server, "server", scenarios.ServerMini, "the server under test: `mini` or redis")
+	f.BoolVar(&asJSON, "json", false, "write the record as one JSON document to standard output")
+	f.StringVar(&save, "save", "", "also save the record in this `directory`")
+	f.BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
+	f.BoolVarP(&verbose, "verbose", "v", false, "show the output of the programs under test")
+	return cmd
+}
+
+// orNil makes "exit 0" no error at all.
+func (e exitError) orNil() error {
+	if e.code == exitOK {
+		return nil
+	}
+	return e
+}
+
+// statusLine shows progress: one line that is written over on a terminal, a
+// line each elsewhere.
+type statusLine struct {
+	w        io.Writer
+	terminal bool
+	quiet    bool
+}
+
+func (s *statusLine) show(line string) {
+	switch {
+	case s.quiet:
+	case s.terminal:
+		fmt.Fprintf(s.w, "\r\x1b[K%.110s", line)
+	default:
+		fmt.Fprintln(s.w, line)
+	}
+}
+
+func (s *statusLine) clear() {
+	if s.terminal && !s.quiet {
+		fmt.Fprint(s.w, "\r\x1b[K")
+	}
+}
+
+func (s *statusLine) print(line string) {
+	if !s.quiet {
+		fmt.Fprintln(s.w, line)
+	}
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}

@@ -1,0 +1,38 @@
+package main
+
+import (
+	"flag"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"connlab/server"
+)
+
+func newServer() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Run the mini Redis server: one thread, one epoll loop, a stall on demand",
+		Long: `Server speaks RESP2 and RESP3 and knows the commands that clients and benchmarks
+use. Its backlog is given to listen(2) as it is, and its event loop can be made to
+stand still, outside any command, while clients connect:
+
+  redis-cli CONNLAB STALL 1430        a stall of 1.43 s in the next cron run
+  redis-cli CONNLAB HELP              the other faults
+  redis-cli INFO connlab              when it last stalled, and for how long`,
+		Example: `  connlab server --addr 127.0.0.1:7000 --backlog 511`,
+		// The server package reads its own flags, so that any program can be it.
+		DisableFlagParsing: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if slices.ContainsFunc(args, func(a string) bool { return a == "-h" || a == "-help" || a == "--help" }) {
+				return cmd.Help()
+			}
+			return exitError{code: server.Main(cmd.Context(), args, cmd.OutOrStdout(), cmd.ErrOrStderr())}.orNil()
+		},
+	}
+	cfg := server.DefaultConfig()
+	fs := flag.NewFlagSet("server", flag.ContinueOnError)
+	cfg.Flags(fs)
+	cmd.Flags().AddGoFlagSet(fs)
+	return cmd
+}
