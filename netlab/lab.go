@@ -38,6 +38,7 @@ type switchNode struct {
 type member struct {
 	host  *Host
 	addrs []netip.Addr
+	kind  string
 	port  int // interface index in the switch's namespace
 	iface int // interface index in the host's namespace
 }

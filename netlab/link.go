@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"time"
@@ -35,7 +36,7 @@ func (lab *Lab) addLink(h *Host, index int, l *LinkSpec, addrs []netip.Addr) err
 	if err != nil {
 		return err
 	}
-	m := member{host: h, addrs: addrs}
+	m := member{host: h, addrs: addrs, kind: kind}
 	if m.port, err = sw.rt.index(port); err != nil {
 		return err
 	}
@@ -103,11 +104,7 @@ func (lab *Lab) addPumped(h *Host, end string, sw *switchNode, port string, l *L
 	if err != nil {
 		return errors.Join(err, hostEnd.Close())
 	}
-	index, err := h.rt.index(end)
-	if err == nil {
-		err = h.rt.setMAC(index, mac(a))
-	}
-	if err != nil {
+	if err := configureTAPs(h.rt, end, mac(a), sw.rt, port); err != nil {
 		return errors.Join(err, hostEnd.Close(), switchEnd.Close())
 	}
 	stop, err := l.Pump(hostEnd, switchEnd, *l)
@@ -118,6 +115,24 @@ func (lab *Lab) addPumped(h *Host, end string, sw *switchNode, port string, l *L
 		return errors.Join(stop(), hostEnd.Close(), switchEnd.Close())
 	})
 	return nil
+}
+
+// tapQueue is how many frames a TAP device holds for its reader. It drops what is
+// beyond, counted in the device's tx_dropped only; the default of 500
+// (drivers/net/tun.c, TUN_READQ_SIZE) is less than one burst of SYNs that finds
+// the pump off the processor.
+const tapQueue = 10_000
+
+func configureTAPs(host *rtnl, end string, hw net.HardwareAddr, sw *rtnl, port string) error {
+	h, err := host.index(end)
+	if err != nil {
+		return err
+	}
+	s, err := sw.index(port)
+	if err != nil {
+		return err
+	}
+	return errors.Join(host.setMAC(h, hw), host.setQueue(h, tapQueue), sw.setQueue(s, tapQueue))
 }
 
 // openTAP makes a TAP device in the calling thread's namespace. The device
@@ -186,7 +201,9 @@ func (sw *switchNode) awaitOperational(ctx context.Context) error {
 				if err != nil {
 					return err
 				}
-				if state == netlink.OperUp {
+				// A TAP device reports no operational state: it carries from the
+				// moment it is up and its descriptor is open (drivers/net/tun.c).
+				if state == netlink.OperUp || m.kind == LinkPump && state == netlink.OperUnknown {
 					break
 				}
 				if time.Now().After(deadline) {

@@ -100,8 +100,18 @@ func (t *nsThread) in(ns *namespace, fn func() error) error {
 	call := nsCall{ns: ns, fn: fn, err: make(chan error, 1)}
 	select {
 	case t.calls <- call:
-		return <-call.err
 	case <-t.ended:
+		return errThreadEnded
+	}
+	select {
+	case err := <-call.err:
+		return err
+	case <-t.ended:
+	}
+	select {
+	case err := <-call.err: // of the call after which the thread ended
+		return err
+	default: // fn ended the goroutine: a test's FailNow does
 		return errThreadEnded
 	}
 }

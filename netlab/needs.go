@@ -12,14 +12,23 @@ import (
 // Need is something that a lab takes from the machine.
 type Need string
 
-// The needs of a lab; [Probe] reports each.
+// The needs of a lab; [Doctor] probes each. [Up] asks for the first six, the
+// links' ones where a link wants them.
 const (
-	NeedPrivilege Need = "CAP_NET_ADMIN + CAP_SYS_ADMIN"
-	NeedNamespace Need = "network namespaces"
-	NeedVeth      Need = "veth"
-	NeedBridge    Need = "bridge"
-	NeedTUN       Need = "TUN/TAP"
-	NeedNetem     Need = "netem"
+	NeedPrivilege   Need = "CAP_NET_ADMIN + CAP_SYS_ADMIN"
+	NeedNamespace   Need = "network namespaces"
+	NeedVeth        Need = "veth"
+	NeedBridge      Need = "bridge"
+	NeedTUN         Need = "TUN/TAP"
+	NeedNetem       Need = "netem"
+	NeedNftables    Need = "nftables"
+	NeedBTF         Need = "BTF"
+	NeedTracepoints Need = "tracepoints"
+	NeedFiles       Need = "open files"
+	NeedUntracked   Need = "no connection tracking"
+	NeedPlainTCP    Need = "plain TCP listeners"
+	NeedSYNTimers   Need = "SYN retry times"
+	NeedRedis       Need = "redis-server"
 )
 
 // ErrUnsupported says that this kernel does not have what is needed.
@@ -38,7 +47,7 @@ func (e *NeedError) Unwrap() error { return e.Err }
 // needOr turns the errnos by which a kernel says "no such thing" into a NeedError.
 func needOr(n Need, err error) error {
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAFNOSUPPORT) {
-		return &NeedError{Need: n, Err: errors.Join(ErrUnsupported, err)}
+		return &NeedError{Need: n, Err: fmt.Errorf("%w: %w", ErrUnsupported, err)}
 	}
 	return err
 }

@@ -69,6 +69,8 @@ func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
 	h.lab.mu.Unlock()
 	go func() {
 		proc.err = cmd.Wait()
+		// What the program started and left behind would keep the namespace.
+		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
 		h.lab.mu.Lock()
 		delete(h.lab.procs, proc)
 		h.lab.mu.Unlock()
@@ -145,7 +147,8 @@ func (p *Process) Signal(s os.Signal) error {
 }
 
 // Stop asks the process to end with SIGTERM and kills it after grace. The error
-// is that of a program that ended by itself before, or with a failure.
+// is that of a program that had ended by itself, ends with a failure, or has to
+// be killed; to die of the SIGTERM is no failure.
 func (p *Process) Stop(grace time.Duration) error {
 	select {
 	case <-p.done:
@@ -162,10 +165,15 @@ func (p *Process) Stop(grace time.Duration) error {
 		<-p.done
 		return fmt.Errorf("host %s: pid %d did not end within %v of SIGTERM", p.host.name, p.Pid(), grace)
 	}
-	if p.err != nil {
+	if p.err != nil && !p.endedBy(unix.SIGTERM) {
 		return fmt.Errorf("host %s: pid %d: %w%s", p.host.name, p.Pid(), p.err, p.quote())
 	}
 	return nil
+}
+
+func (p *Process) endedBy(s unix.Signal) bool {
+	status, ok := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
+	return ok && status.Signaled() && status.Signal() == s
 }
 
 func (p *Process) kill() { _ = p.cmd.Process.Kill() }

@@ -77,6 +77,13 @@ func (r *rtnl) setMAC(index int, m net.HardwareAddr) error {
 	return nil
 }
 
+func (r *rtnl) setQueue(index, frames int) error {
+	if err := r.handle.LinkSetTxQLen(device(index), frames); err != nil {
+		return fmt.Errorf("interface %d transmit queue: %w", index, err)
+	}
+	return nil
+}
+
 func (r *rtnl) addAddr(index int, p netip.Prefix) error {
 	a := p.Addr().As4()
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: a[:], Mask: net.CIDRMask(p.Bits(), 32)}}

@@ -4,11 +4,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"net"
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"time"
 )
 
@@ -111,8 +113,9 @@ func (t Topology) plan() (plan, error) {
 	}
 
 	switches := map[string]*segment{}
-	for _, s := range t.Switches {
+	for i, s := range t.Switches {
 		claim(s.Name, "switch")
+		switches[s.Name] = nil // known, so that its links are not called unknown
 		switch {
 		case !s.Subnet.IsValid() || !s.Subnet.Addr().Is4():
 			bad("switch %q: subnet %v is not an IPv4 prefix", s.Name, s.Subnet)
@@ -121,9 +124,9 @@ func (t Topology) plan() (plan, error) {
 			bad("switch %q: subnet %v has no room for two hosts; use /30 or wider", s.Name, s.Subnet)
 			continue
 		}
-		for name, other := range switches {
-			if other.subnet.Overlaps(s.Subnet) {
-				bad("switch %q: subnet %v overlaps %v of switch %q", s.Name, s.Subnet, other.subnet, name)
+		for _, other := range t.Switches[:i] {
+			if other.Subnet.Overlaps(s.Subnet) {
+				bad("switch %q: subnet %v overlaps %v of switch %q", s.Name, s.Subnet, other.Subnet, other.Name)
 			}
 		}
 		switches[s.Name] = &segment{subnet: s.Subnet.Masked(), owner: map[netip.Addr]string{}}
@@ -136,16 +139,18 @@ func (t Topology) plan() (plan, error) {
 	for i := range t.Hosts {
 		h := &t.Hosts[i]
 		claim(h.Name, "host")
-		for key, value := range h.Sysctls {
-			if err := checkSysctl(key, value); err != nil {
+		for _, key := range slices.Sorted(maps.Keys(h.Sysctls)) {
+			if err := checkSysctl(key, h.Sysctls[key]); err != nil {
 				bad("host %q: %w", h.Name, err)
 			}
 		}
 		for j := range h.Links {
 			l := &h.Links[j]
-			seg := switches[l.Switch]
-			if seg == nil {
+			seg, known := switches[l.Switch]
+			if !known {
 				bad("host %q: link to unknown switch %q", h.Name, l.Switch)
+			}
+			if seg == nil {
 				continue
 			}
 			if seg.ports++; seg.ports == maxPorts+1 {

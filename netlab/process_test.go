@@ -1,0 +1,195 @@
+package netlab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+func sh(script string) Program { return Program{Path: "/bin/sh", Args: []string{"-c", script}} }
+
+var errNever = errors.New("never")
+
+func never() error { return errNever }
+
+func TestProgramRunsInTheNamespace(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	var copied bytes.Buffer
+	prog := sh("readlink /proc/self/ns/net; echo $WORD; pwd; echo to stderr >&2")
+	prog.Env, prog.Dir, prog.Stdout = []string{"WORD=word"}, "/", &copied
+	p, err := server.Start(t.Context(), prog)
+	require.NoError(t, err)
+	<-p.Done()
+	assert.Same(t, server, p.Host())
+	want := inode(t, server) + "\nword\n/\n"
+	assert.Equal(t, want, copied.String())
+	assert.ElementsMatch(t, strings.Split(want+"to stderr\n", "\n"), strings.Split(p.Output(), "\n"))
+}
+
+func TestReadiness(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	prog := self("listener")
+	asked := 0
+	prog.Ready = func() error {
+		asked++
+		return server.Listening(7000)
+	}
+	p, err := server.Start(t.Context(), prog)
+	require.NoError(t, err)
+	assert.Greater(t, asked, 1, "it listens only after a while")
+	conn, err := lab.Host("client-001").DialContext(t.Context(), "tcp", "10.66.0.2:7000")
+	require.NoError(t, err)
+	require.NoError(t, conn.Close())
+	assert.NoError(t, p.Stop(10*time.Second), "to die of the SIGTERM is no failure")
+	assert.Equal(t, "listening\n", p.Output())
+	assert.Error(t, server.Listening(7000))
+}
+
+func TestStartErrors(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, row := range []struct {
+		reason string
+		ctx    context.Context
+		prog   Program
+		ready  func() error
+		is     error
+		text   string
+	}{
+		{"no such program", t.Context(), Program{Path: "/no/such"}, nil, fs.ErrNotExist, "starting /no/such: host server: fork/exec /no/such: no such file or directory"},
+		{"ends with an error", t.Context(), sh("echo boom >&2; exit 3"), never, nil, "host server: /bin/sh -c echo boom >&2; exit 3: ended before it was ready: exit status 3\nboom"},
+		{"ends without an error", t.Context(), sh("exit 0"), never, nil, "host server: /bin/sh -c exit 0: ended before it was ready: exit status 0 (no output)"},
+		{"never ready", t.Context(), sh("exec sleep 1000"), never, errNever, "host server: /bin/sh -c exec sleep 1000: not ready after 50ms: never (no output)"},
+		{"cancelled before", cancelled, sh("exec sleep 1000"), never, context.Canceled, "starting /bin/sh: host server: context canceled"},
+	} {
+		t.Run(row.reason, func(t *testing.T) {
+			row.prog.Ready, row.prog.ReadyTimeout = row.ready, 50*time.Millisecond
+			if strings.HasPrefix(row.reason, "ends") {
+				row.prog.ReadyTimeout = 0 // ten seconds
+			}
+			p, err := server.Start(row.ctx, row.prog)
+			assert.Nil(t, p)
+			require.EqualError(t, err, row.text)
+			if row.is != nil {
+				require.ErrorIs(t, err, row.is)
+			}
+			assert.Empty(t, lab.procs, "it is gone")
+		})
+	}
+}
+
+func TestStop(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	start := func(script string) *Process {
+		prog := sh(script)
+		var p *Process
+		ready := make(chan struct{})
+		prog.Stdout = writerFunc(func([]byte) { close(ready) })
+		p, err := server.Start(t.Context(), prog)
+		require.NoError(t, err)
+		<-ready // the script's one line says that its trap is set
+		return p
+	}
+	t.Run("in order", func(t *testing.T) {
+		p := start(`trap "exit 0" TERM; echo; while :; do sleep 0.01; done`)
+		assert.NoError(t, p.Stop(10*time.Second))
+	})
+	t.Run("with a failure", func(t *testing.T) {
+		p := start(`trap "echo bad >&2; exit 4" TERM; echo; while :; do sleep 0.01; done`)
+		assert.ErrorContains(t, p.Stop(10*time.Second), ": exit status 4\nbad")
+	})
+	t.Run("stopped by SIGSTOP", func(t *testing.T) {
+		p := start("echo; exec sleep 1000")
+		require.NoError(t, p.Signal(unix.SIGSTOP))
+		await(t, "the program stops", func() (bool, any) {
+			s := processState(p.Pid())
+			return s == "T", s
+		})
+		assert.NoError(t, p.Stop(10*time.Second))
+	})
+	t.Run("deaf", func(t *testing.T) {
+		p := start(`trap "" TERM; echo; while :; do sleep 0.01; done`)
+		require.ErrorContains(t, p.Stop(50*time.Millisecond), "did not end within 50ms of SIGTERM")
+		assert.Empty(t, processState(p.Pid()))
+	})
+	t.Run("ended by itself", func(t *testing.T) {
+		p := start("echo; exit 5")
+		<-p.Done()
+		require.ErrorContains(t, p.Stop(time.Second), " had ended: exit status 5")
+		assert.ErrorIs(t, p.Signal(unix.SIGSTOP), os.ErrProcessDone)
+	})
+	t.Run("with its context", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		p, err := server.Start(ctx, sh("exec sleep 1000"))
+		require.NoError(t, err)
+		cancel()
+		<-p.Done()
+		assert.Empty(t, processState(p.Pid()))
+	})
+}
+
+type writerFunc func([]byte)
+
+func (f writerFunc) Write(b []byte) (int, error) {
+	f(b)
+	return len(b), nil
+}
+
+// processState is the letter of proc_pid_stat(5), "" for a process that is gone
+// or dead.
+func processState(pid int) string {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return ""
+	}
+	_, rest, _ := strings.Cut(string(b), ") ")
+	state, _, _ := strings.Cut(rest, " ")
+	if state == "Z" || state == "X" {
+		return ""
+	}
+	return state
+}
+
+// What a program started and did not end goes with it, or the namespace stays.
+func TestDownEndsProgramsAndTheirChildren(t *testing.T) {
+	lab := up(t, star(1))
+	lines := make(chan string, 1)
+	prog := sh("sleep 1000 >/dev/null 2>&1 & echo $!; wait")
+	prog.Stdout = writerFunc(func(b []byte) { lines <- string(b) })
+	p, err := lab.Host("server").Start(t.Context(), prog)
+	require.NoError(t, err)
+	child, err := strconv.Atoi(strings.TrimSpace(<-lines))
+	require.NoError(t, err)
+	require.NotEmpty(t, processState(child))
+	require.NoError(t, lab.Down())
+	assert.Empty(t, processState(p.Pid()))
+	await(t, "the program's child is gone", func() (bool, any) { s := processState(child); return s == "", s })
+}
+
+func TestTailKeepsTheEnd(t *testing.T) {
+	var tl tail
+	for i := range 3 * tailSize / 100 {
+		n, err := tl.Write(bytes.Repeat([]byte{byte('a' + i%26)}, 100))
+		require.NoError(t, err)
+		require.Equal(t, 100, n)
+	}
+	_, err := tl.Write([]byte("end"))
+	require.NoError(t, err)
+	assert.Len(t, tl.String(), tailSize)
+	assert.True(t, strings.HasSuffix(tl.String(), "end"))
+}
