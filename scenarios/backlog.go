@@ -196,7 +196,7 @@ func (b *backlog) queue(rules KernelRules) acceptQueue {
 const (
 	metricLimit       = "server/Listen.Limit"
 	metricPeakDepth   = "server/Listen.PeakDepth"
-	metricEstablished = "server/State.ESTABLISHED.InStall"
+	metricEstablished = "server/Tcp.CurrEstab.InStall"
 	metricOverflows   = "server/TcpExt.ListenOverflows"
 	metricDropsOnly   = "server/ListenDropsWithoutOverflow"
 	metricStall       = "server/Stall"
@@ -212,6 +212,7 @@ const (
 	metricResets      = "clients/Failed.reset"
 	metricFailed      = "clients/Failed"
 	metricLatencyMax  = "clients/Latency.Max"
+	metricLatencyMean = "clients/Latency.InStall.Mean"
 	metricEstabAtJoin = "clients/Join.ESTABLISHED"
 	metricGhosts      = "clients/Join.Ghosts"
 	metricUnanswered  = "both/SYNRetransmitsMinusOverflows"
@@ -288,18 +289,22 @@ const racingAttempts = 8
 func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
 	places, victims := float64(q.places()), q.victims()
 	inputs := map[string]float64{"λ": q.Rate, "T": q.Stall.Seconds(), "B": float64(q.limit()), "held": float64(b.Held)}
-	peak, peakTol := places, results.Exactly()
-	if q.arrivals() < places {
-		// The queue does not fill: a few arrivals more or fewer, and a
-		// server that works has its queue near, not at, zero.
-		peak, peakTol = q.arrivals(), results.PlusMinus(max(0.05*q.arrivals(), 20))
+	waiting := claim(metricPeakDepth, "connections", "B+1", inputs, places, results.Exactly(), "connections that wait for accept(): the queue is full")
+	peak := places
+	switch {
+	case q.arrivals() == 0:
+		peak = 0
+		waiting = claim(metricPeakDepth, "connections", "B", inputs, float64(q.limit()), results.AtMost(), "connections that wait for accept(): the queue never fills")
+	case q.arrivals() < places:
+		peak = q.arrivals()
+		waiting = claim(metricPeakDepth, "connections", "λ·T", inputs, peak, results.Within(0.05), "connections that wait for accept(): there is room for all")
 	}
 	claims := []results.Prediction{
-		claim(metricPeakDepth, "connections", "min(B+1, λ·T)", inputs, peak, peakTol, "connections that wait for accept()"),
+		waiting,
 		claim(metricDropsOnly, "SYNs", "0", nil, 0, results.Exactly(), "ListenDrops − ListenOverflows: nothing is dropped for another reason"),
 	}
 	if b.Held > 0 && b.Stall > 0 {
-		claims = append(claims, claim(metricEstablished, "sockets", "held + min(B+1, λ·T)", inputs, float64(b.Held)+peak, results.Within(0.02),
+		claims = append(claims, claim(metricEstablished, "connections", "held + min(B+1, λ·T)", inputs, float64(b.Held)+peak, results.Within(0.02),
 			"at most, while the server stands still"))
 	}
 	if victims == 0 {
@@ -309,8 +314,12 @@ func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
 			claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "every client is served"),
 		)
 		if b.Stall > 0 {
-			claims = append(claims, claim(metricLatencyMax, "s", "T", inputs, b.Stall.Seconds(), results.PlusMinus(0.1),
-				"who comes as the stall begins waits for all of it"))
+			gap := 1 / b.Rate
+			inputs["gap"] = gap
+			claims = append(claims,
+				claim(metricLatencyMax, "s", "T − gap", inputs, b.Stall.Seconds()-gap, results.AtLeast(), "who comes as the stall begins waits for all of it"),
+				claim(metricLatencyMean, "s", "T", inputs, b.Stall.Seconds(), results.AtMost(), "the average of who comes during the stall: T/2, and more the longer the server takes to catch up"),
+			)
 		}
 		return claims
 	}

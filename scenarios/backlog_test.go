@@ -60,7 +60,7 @@ func TestBacklogCanFail(t *testing.T) {
 		assert.Contains(t, v.Reason, metricSymptom)
 	})
 	t.Run("places without the one more", func(t *testing.T) {
-		rec := run(t, Options{Variants: []string{"late-ack-abort"}, Set: []string{"held=100"}})
+		rec := run(t, Options{Variants: []string{"late-ack-abort"}})
 		v := rec.Variants[0]
 		require.Equal(t, results.Held, v.Verdict, v.Reason)
 		for i := range v.Predictions {
