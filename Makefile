@@ -15,6 +15,7 @@ help: ## List the targets
 
 .PHONY: run
 run: setup build ## Reproduce an incident (INCIDENT=backlog ARGS=...); root or sudo
+	@mkdir -p results/runs && chown --reference=. results/runs
 	bin/connlab run $(INCIDENT) --save results/runs $(ARGS)
 
 .PHONY: test
@@ -50,7 +51,9 @@ lint: ## golangci-lint, pinned
 
 .PHONY: build
 build: ## Build bin/connlab
+	@mkdir -p bin && chown --reference=. bin
 	CGO_ENABLED=0 $(GO) build -o bin/connlab ./cmd/connlab
+	@chown --reference=. bin/connlab
 
 .PHONY: setup
 setup: ## Install the Debian packages of the real peers, if they are missing (root)

@@ -215,7 +215,7 @@ const (
 	metricLatencyMean = "clients/Latency.InStall.Mean"
 	metricEstabAtJoin = "clients/Join.ESTABLISHED"
 	metricGhosts      = "clients/Join.Ghosts"
-	metricUnanswered  = "both/SYNRetransmitsMinusOverflows"
+	metricDroppedACKs = "both/DroppedACKs"
 )
 
 // Predict implements [Experiment].
@@ -280,10 +280,10 @@ func within(predicted, rel float64) results.Tolerance {
 	return results.Within(rel)
 }
 
-// racingAttempts is how often one client can be counted that got a SYN-ACK while
-// another took the last place, as two processors do at once: its ACK is dropped,
-// so is its request, and so is each time either is sent again during a stall.
-const racingAttempts = 8
+// racing is the share of dropped SYNs beside which another client's ACK may find
+// no room: its SYN was answered while the last place was being taken by another
+// processor.
+const racing = 0.01
 
 // predictArrivals is for arrivals at a rate around a stall.
 func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
@@ -343,8 +343,8 @@ func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
 	inputs["r₁"] = q.Retries[0].Seconds()
 	return append(claims,
 		claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "patient clients connect in the end"),
-		claim(metricUnanswered, "SYNs", "0", nil, 0, results.PlusMinus(racingAttempts),
-			"TCPSynRetrans of all clients − ListenOverflows; a handshake that races for the last place counts apart"),
+		claim(metricDroppedACKs, "ACKs", "0", nil, 0, results.PlusMinus(math.Ceil(racing*q.attempts())),
+			"ListenOverflows − RetransSegs of both ends: every SYN dropped is one sent again, but for ACKs that race for the last place"),
 		claim(metricRetriedOnce, "connections", "λ·T − (B+1) − λ·max(0, T − (B+1)/λ − r₁)", inputs, counts[1], within(counts[1], 0.05),
 			"connect time near "+spellRetries(q.Retries[:1])),
 		claim(metricRetriedMore, "connections", "λ·max(0, T − (B+1)/λ − r₁)", inputs, twice, within(twice, 0.15),
@@ -370,6 +370,7 @@ func (b *backlog) predictVolleys(q acceptQueue) []results.Prediction {
 			exact(metricResets, "connections", "max(0, n − (B+1))", late, "ECONNRESET, after connect() has succeeded"),
 			exact(metricEmbryonic, "RSTs", "max(0, n − (B+1))", late, "resets of handshakes that found no room"),
 			exact(metricGhosts, "connections", "0", 0, "they were told"),
+			exact(metricDroppedACKs, "ACKs", "max(0, n − (B+1))", late, "ListenOverflows − RetransSegs of both ends"),
 		)
 	}
 	claims = append(claims,
@@ -380,7 +381,8 @@ func (b *backlog) predictVolleys(q acceptQueue) []results.Prediction {
 	)
 	if b.Volley2 == 0 {
 		// The SYN queue holds B+1 requests as well; cookies answer the rest.
-		return append(claims, exact(metricCookies, "SYNs", "max(0, n − (B+1))", late, "SYNs beyond the SYN queue"))
+		return append(claims, exact(metricCookies, "SYNs", "max(0, n − (B+1))", late, "SYNs beyond the SYN queue"),
+			exact(metricDroppedACKs, "ACKs", "max(0, n − (B+1))", late, "ListenOverflows − RetransSegs of both ends"))
 	}
 	return append(claims, exact(metricHalfOpen, "connections", "max(0, n − (B+1))", late, "handshakes that the server still holds open for them"))
 }

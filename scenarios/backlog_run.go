@@ -471,7 +471,9 @@ func (r *backlogRun) fillCounters(timeline *observe.Timeline, clients observe.Co
 		r.metric(metricOverflows, float64(overflows), "ACKs")
 	}
 	r.metric(metricDropsOnly, float64(server["TcpExt.ListenDrops"]-overflows), "SYNs")
-	r.metric(metricUnanswered, float64(clients["TcpExt.TCPSynRetrans"]-overflows), "SYNs")
+	// Whatever is dropped is sent again, and counted by who sends it, except a
+	// bare ACK. The server sends again the SYN-ACK that it then gets that ACK for.
+	r.metric(metricDroppedACKs, float64(overflows-clients["Tcp.RetransSegs"]-server["Tcp.RetransSegs"]), "ACKs")
 	for _, s := range timeline.Samplings() {
 		r.metric("both/Sampling."+s.What+".Missed", float64(s.Missed), "samples")
 		r.metric("both/Sampling."+s.What+".Busy", s.Busy.Seconds(), "s")

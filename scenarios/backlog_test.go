@@ -3,11 +3,13 @@ package scenarios
 import (
 	"bytes"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -164,7 +166,7 @@ func run(t *testing.T, opt Options) *results.Record {
 	require.NoError(t, err)
 
 	runs := filepath.Join("..", "results", "runs")
-	require.NoError(t, os.MkdirAll(runs, 0o755))
+	require.NoError(t, makeLike(filepath.Dir(runs), runs))
 	path, err := results.Save(runs, rec)
 	require.NoError(t, err)
 	rec, err = results.Load(path)
@@ -173,6 +175,23 @@ func run(t *testing.T, opt Options) *results.Record {
 	require.NoError(t, results.WriteTable(&table, rec, results.TableOptions{Charts: true}))
 	show(t, table.String())
 	return rec
+}
+
+// makeLike makes a directory that belongs to the owner of another one: a test
+// under sudo leaves nothing that its user cannot remove.
+func makeLike(like, dir string) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return nil
+		}
+		return err
+	}
+	info, err := os.Stat(like)
+	if err != nil {
+		return err
+	}
+	owner := info.Sys().(*syscall.Stat_t)
+	return os.Chown(dir, int(owner.Uid), int(owner.Gid))
 }
 
 // netlabUsable says why no lab can stand here.
