@@ -1,0 +1,189 @@
+package server
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"connlab/server/resp"
+)
+
+// client is one connection.
+type client struct {
+	id    int64
+	fd    int
+	index int // in Server.clients
+	addr  netip.AddrPort
+	laddr netip.AddrPort // asked for when first needed
+
+	in      []byte // beginning of an unfinished request; empty most of the time
+	parser  resp.Parser
+	out     []byte // replies
+	written int    // bytes of out that the socket has taken
+
+	proto         resp.Version
+	db            int
+	authenticated bool
+	noEvict       bool
+	name          string
+	libName       string
+	libVersion    string
+
+	created  time.Duration // of the clock
+	lastSeen time.Duration // of the clock: last request bytes
+	lastCmd  *command
+
+	pending         bool // is in Server.pending
+	wantWrite       bool // waits for EPOLLOUT
+	closeAfterReply bool
+	doomed          bool // is in Server.doomed; must not be served any more
+}
+
+// keepBuffer is the capacity up to which a client's buffers stay allocated when they are empty.
+const keepBuffer = 4 << 10
+
+func (s *Server) newClient(fd int) *client {
+	c := &client{id: s.nextID, fd: fd, index: len(s.clients), created: s.clock.now, lastSeen: s.clock.now}
+	s.reset(c)
+	s.nextID++
+	s.clients = append(s.clients, c)
+	s.clientMemory += c.memory() // the cron counts anew
+	return c
+}
+
+// reset returns the state of the connection to that of a new one. Who connects while no password is set stays
+// authenticated when one is set later, as in Redis.
+func (s *Server) reset(c *client) {
+	c.proto = resp.RESP2
+	c.db = 0
+	c.authenticated = s.cfg.RequirePass == ""
+	c.noEvict = false
+	c.name = ""
+}
+
+// mustAuthenticate reports whether the client still owes the password.
+func (s *Server) mustAuthenticate(c *client) bool {
+	return s.cfg.RequirePass != "" && !c.authenticated
+}
+
+// doom has a client closed at the end of the cycle. Events and requests of it that are already there are not served.
+func (s *Server) doom(c *client) {
+	if !c.doomed {
+		c.doomed = true
+		s.doomed = append(s.doomed, c)
+	}
+}
+
+// drop closes a doomed client.
+func (s *Server) drop(c *client) {
+	unix.Close(c.fd) // also takes it out of the poll: no descriptor is duplicated here
+	s.byFD[c.fd] = nil
+	last := s.clients[len(s.clients)-1]
+	last.index = c.index
+	s.clients[c.index] = last
+	s.clients[len(s.clients)-1] = nil
+	s.clients = s.clients[:len(s.clients)-1]
+}
+
+// compact moves replies that are still to be written to the front when at least half of the buffer was written, so that
+// a client which never quite catches up does not make it grow for ever.
+func (c *client) compact() {
+	if c.written > 0 && c.written >= len(c.out)/2 {
+		c.out = c.out[:copy(c.out, c.out[c.written:])]
+		c.written = 0
+	}
+}
+
+// memory returns the bytes of the client's buffers.
+func (c *client) memory() int64 { return int64(cap(c.in) + cap(c.out) + clientSize) }
+
+// clientSize is about what a client takes without its buffers.
+const clientSize = 512
+
+// shrink gives buffers of an idle client back.
+func (c *client) shrink() {
+	if len(c.in) == 0 {
+		c.in = nil
+	}
+	if len(c.out) == 0 {
+		c.out = nil
+	}
+}
+
+// localAddr returns the address that the client connected to.
+func (s *Server) localAddr(c *client) netip.AddrPort {
+	if !c.laddr.IsValid() {
+		if sa, err := unix.Getsockname(c.fd); err == nil {
+			c.laddr = addrPortOf(sa)
+		}
+	}
+	return c.laddr
+}
+
+// byID returns all clients, oldest first.
+func (s *Server) byID() []*client {
+	return slices.SortedFunc(slices.Values(s.clients), func(a, b *client) int { return cmp.Compare(a.id, b.id) })
+}
+
+// describe renders a client as CLIENT LIST does (networking.c, catClientInfoString). Fields of features that this server
+// lacks have the value that Redis shows when they are not used.
+func (s *Server) describe(b *strings.Builder, c *client) {
+	cmd := "NULL"
+	if c.lastCmd != nil {
+		cmd = c.lastCmd.fullName
+	}
+	flags := ""
+	if c.closeAfterReply {
+		flags += "c"
+	}
+	if c.noEvict {
+		flags += "e"
+	}
+	if flags == "" {
+		flags = "N"
+	}
+	events := "r"
+	if c.wantWrite {
+		events = "rw"
+	}
+	age := int64((s.clock.now - c.created) / time.Second)
+	idle := int64((s.clock.now - c.lastSeen) / time.Second)
+	unsent := len(c.out) - c.written
+	fmt.Fprintf(b, "id=%d addr=%s laddr=%s fd=%d name=%s age=%d idle=%d flags=%s db=%d sub=0 psub=0 ssub=0 multi=-1 qbuf=%d qbuf-free=%d argv-mem=0 multi-mem=0 rbs=%d rbp=%d obl=%d oll=0 omem=%d tot-mem=%d events=%s cmd=%s user=default redir=-1 resp=%d lib-name=%s lib-ver=%s",
+		c.id, c.addr, s.localAddr(c), c.fd, c.name, age, idle, flags, c.db, len(c.in), cap(c.in)-len(c.in), cap(c.out), cap(c.out), unsent, unsent, c.memory(), events, cmd, c.proto, c.libName, c.libVersion)
+}
+
+// bulk replies with a string, unless that goes beyond what the client may let pile up: then it only notes that.
+func (s *Server) bulk(c *client, b []byte) {
+	if s.overOutputLimit(c, len(b)) {
+		s.stats.outputLimit++
+		s.doom(c)
+		return
+	}
+	c.out = resp.AppendBulk(c.out, b)
+}
+
+// overOutputLimit reports whether more bytes of replies would be too many.
+func (s *Server) overOutputLimit(c *client, more int) bool {
+	return !c.doomed && len(c.out)-c.written+more > s.cfg.OutputBufferLimit
+}
+
+func (c *client) ok()           { c.out = append(c.out, "+OK\r\n"...) }
+func (c *client) null()         { c.out = resp.AppendNull(c.out, c.proto) }
+func (c *client) nullArray()    { c.out = resp.AppendNullArray(c.out, c.proto) }
+func (c *client) int(n int64)   { c.out = resp.AppendInt(c.out, n) }
+func (c *client) array(n int)   { c.out = resp.AppendArray(c.out, n) }
+func (c *client) dict(n int)    { c.out = resp.AppendMap(c.out, n, c.proto) }
+func (c *client) set(n int)     { c.out = resp.AppendSet(c.out, n, c.proto) }
+func (c *client) text(s string) { c.out = resp.AppendBulk(c.out, s) }
+func (c *client) simple(s string) {
+	c.out = resp.AppendSimple(c.out, s)
+}
+
+// document replies with text for people: RESP3 has a type for it.
+func (c *client) document(s string) { c.out = resp.AppendVerbatim(c.out, "txt", s, c.proto) }
