@@ -64,7 +64,8 @@ func connlab(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	err := root.ExecuteContext(ctx)
 	code := exitCode(err)
 	var exit exitError
-	if err != nil && !(errors.As(err, &exit) && exit.err == nil) {
+	said := errors.As(err, &exit) && exit.err == nil
+	if err != nil && !said {
 		fmt.Fprintln(stderr, "connlab:", err)
 		if code == exitUsage {
 			fmt.Fprintln(stderr, "Try: connlab --help")
