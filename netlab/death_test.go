@@ -162,7 +162,7 @@ func marked(t *testing.T, mark string) (pids []int) {
 }
 
 func TestKillLeavesNothing(t *testing.T) {
-	requireLab(t, needPrivilege())
+	requireLab(t, CheckPrivilege())
 	thread, err := startThread()
 	require.NoError(t, err)
 	defer thread.stop()
@@ -205,7 +205,7 @@ func TestKillLeavesNothing(t *testing.T) {
 }
 
 func TestKillAtRandomMoments(t *testing.T) {
-	requireLab(t, needPrivilege())
+	requireLab(t, CheckPrivilege())
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))

@@ -19,14 +19,14 @@ import (
 
 // Finding is what [Doctor] found out about one need.
 type Finding struct {
-	Need Need
+	Need Need `json:"need"`
 	// OK says that the need is met.
-	OK bool
+	OK bool `json:"ok"`
 	// Detail is what was seen. A probe that could not be executed to a point
 	// where it tells anything is not OK, and its Detail begins "not probed: ".
-	Detail string
+	Detail string `json:"detail"`
 	// Cost is what goes without it, and what to do.
-	Cost string
+	Cost string `json:"cost"`
 }
 
 // probe tries one need. It returns what it saw and whether that is enough, or
@@ -56,7 +56,8 @@ var probes = []probe{
 }
 
 // Doctor tries every need, in a namespace of its own that it removes again, and
-// says what it found in a fixed order. It changes nothing on the host.
+// says what it found in a fixed order. It changes nothing on the host, except that
+// the kernel may load a module of its own to answer.
 func Doctor() []Finding {
 	s := openScratch()
 	defer s.close()
@@ -88,7 +89,7 @@ type scratch struct {
 }
 
 func openScratch() *scratch {
-	s := &scratch{err: needPrivilege()}
+	s := &scratch{err: CheckPrivilege()}
 	if s.err != nil {
 		return s
 	}
@@ -127,7 +128,7 @@ func (s *scratch) close() {
 }
 
 func probePrivilege(*scratch) (string, bool, error) {
-	if err := needPrivilege(); err != nil {
+	if err := CheckPrivilege(); err != nil {
 		return "", false, err
 	}
 	return fmt.Sprintf("effective, uid %d", os.Geteuid()), true, nil
@@ -231,7 +232,7 @@ func probeTracepoints(*scratch) (string, bool, error) {
 const (
 	// filesWanted is what one process of an incident at full scale opens: 3,500
 	// connections held and a burst of 4,000, with room to spare.
-	filesWanted = 8192
+	filesWanted = 12_000
 	// filesBeside is for what a process opens besides connections.
 	filesBeside = 100
 	// mostConnections is the largest number of connections any incident holds.

@@ -33,7 +33,7 @@ func TestDoctor(t *testing.T) {
 	} {
 		assert.Contains(t, findings, n)
 	}
-	assert.Equal(t, needPrivilege() == nil, findings[NeedPrivilege].OK)
+	assert.Equal(t, CheckPrivilege() == nil, findings[NeedPrivilege].OK)
 	if !findings[NeedPrivilege].OK {
 		for _, n := range []Need{NeedNamespace, NeedVeth, NeedBridge, NeedTUN, NeedNetem, NeedNftables, NeedUntracked, NeedPlainTCP, NeedSYNTimers} {
 			assert.False(t, findings[n].OK, n)

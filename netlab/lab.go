@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -43,8 +45,15 @@ type member struct {
 	iface int // interface index in the host's namespace
 }
 
-// defaultSysctls quiet what would otherwise talk by itself in every namespace:
-// IPv6 address detection and multicast reports.
+// quietSysctls silence what would otherwise talk by itself in every namespace:
+// IPv6 address detection and multicast reports. A kernel without IPv6 has none.
+func quietSysctls() map[string]string {
+	if _, err := os.Stat("/proc/sys/net/ipv6/conf"); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return defaultSysctls
+}
+
 var defaultSysctls = map[string]string{
 	"net.ipv6.conf.all.disable_ipv6":     "1",
 	"net.ipv6.conf.default.disable_ipv6": "1",
@@ -59,7 +68,7 @@ func Up(ctx context.Context, t Topology) (*Lab, error) {
 	if err != nil {
 		return nil, fmt.Errorf("topology: %w", err)
 	}
-	if err := needPrivilege(); err != nil {
+	if err := CheckPrivilege(); err != nil {
 		return nil, err
 	}
 	thread, err := startThread()
@@ -113,7 +122,7 @@ func (lab *Lab) addSwitch(spec SwitchSpec) error {
 	sw := &switchNode{spec: spec, ns: ns}
 	lab.switches[spec.Name] = sw
 	return lab.thread.in(ns, func() error {
-		if err := setSysctls(defaultSysctls); err != nil {
+		if err := setSysctls(quietSysctls()); err != nil {
 			return err
 		}
 		if sw.rt, err = openRtnl(); err != nil {
@@ -133,7 +142,7 @@ func (lab *Lab) addHost(spec *HostSpec, p plan) error {
 	lab.hosts[spec.Name] = h
 	lab.order = append(lab.order, h)
 	err = lab.thread.in(ns, func() error {
-		if err := setSysctls(defaultSysctls); err != nil {
+		if err := setSysctls(quietSysctls()); err != nil {
 			return err
 		}
 		if err := setSysctls(spec.Sysctls); err != nil {

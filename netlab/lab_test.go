@@ -85,13 +85,12 @@ func TestSysctls(t *testing.T) {
 	onHost, err := readSysctl(key)
 	require.NoError(t, err)
 	set := map[string]string{
-		"net.core.somaxconn":               "129",
-		"net.ipv4.tcp_abort_on_overflow":   "1",
-		key:                                "77",
-		"net.ipv4.ip_local_port_range":     "40000 40099",
-		"net.ipv4.conf.all.rp_filter":      "0",
-		"net.ipv6.conf.all.disable_ipv6":   "0", // one that a lab sets otherwise by itself
-		"net.ipv4.tcp_syn_linear_timeouts": "0",
+		"net.core.somaxconn":             "129",
+		"net.ipv4.tcp_abort_on_overflow": "1",
+		key:                              "77",
+		"net.ipv4.ip_local_port_range":   "40000 40099",
+		"net.ipv4.conf.all.rp_filter":    "0",
+		"net.ipv6.conf.all.disable_ipv6": "0", // one that a lab sets otherwise by itself
 	}
 	lab := up(t, Topology{Switches: lan, Hosts: []HostSpec{
 		{Name: "set", Sysctls: set, Links: []LinkSpec{{Switch: "lan"}}},
@@ -161,7 +160,7 @@ func TestDoThatEndsItsGoroutine(t *testing.T) {
 }
 
 func TestUpCancelled(t *testing.T) {
-	requireLab(t, needPrivilege())
+	requireLab(t, CheckPrivilege())
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	lab, err := Up(ctx, star(3))
@@ -194,7 +193,7 @@ func requireNothingMore(t testing.TB, before held, labs int) {
 }
 
 func TestUpErrorLeavesNothing(t *testing.T) {
-	requireLab(t, needPrivilege())
+	requireLab(t, CheckPrivilege())
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	top := star(5)
 	// Known to the machine's own namespace, and only to it: found out at the last host.
@@ -214,7 +213,7 @@ func TestUpErrorLeavesNothing(t *testing.T) {
 }
 
 func TestUpDownLeavesNothing(t *testing.T) {
-	requireLab(t, needPrivilege())
+	requireLab(t, CheckPrivilege())
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	cycle := func() {
 		lab, err := Up(t.Context(), star(5))

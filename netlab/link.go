@@ -73,8 +73,6 @@ func (lab *Lab) addLink(h *Host, index int, l *LinkSpec, addrs []netip.Addr) err
 // linkKind chooses how a link is made.
 func linkKind(l *LinkSpec) (string, error) {
 	switch {
-	case l.AlwaysPump && l.Pump == nil:
-		return "", errors.New("AlwaysPump without a Pump")
 	case l.AlwaysPump:
 		return LinkPump, nil
 	case l.Delay == 0 && l.Loss == 0:

@@ -32,8 +32,8 @@ func TestLinkKind(t *testing.T) {
 		require.NoError(t, err, row.reason)
 		assert.Equal(t, row.want, got, row.reason)
 	}
-	_, err := linkKind(&LinkSpec{AlwaysPump: true})
-	require.EqualError(t, err, "AlwaysPump without a Pump")
+	err := Topology{Switches: lan, Hosts: []HostSpec{host("a", LinkSpec{Switch: "lan", AlwaysPump: true})}}.Check()
+	require.EqualError(t, err, `host "a": link to "lan": AlwaysPump without a Pump`)
 
 	late := LinkSpec{Delay: 1}
 	got, err := linkKind(&late)

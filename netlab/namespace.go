@@ -134,7 +134,11 @@ func (t *nsThread) newNamespace(name string) (*namespace, error) {
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%s: new network namespace: %w", name, err)
+		err = fmt.Errorf("%s: new network namespace: %w", name, err)
+		if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSPC) {
+			return nil, &NeedError{Need: NeedNamespace, Err: err}
+		}
+		return nil, err
 	}
 	return ns, nil
 }

@@ -58,7 +58,9 @@ const (
 	capSysAdmin = 1 << unix.CAP_SYS_ADMIN
 )
 
-func needPrivilege() error {
+// CheckPrivilege returns a [*NeedError] unless this process may make network
+// namespaces and configure them.
+func CheckPrivilege() error {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&header, &data[0]); err != nil {

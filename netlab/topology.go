@@ -50,7 +50,7 @@ type LinkSpec struct {
 	Delay time.Duration
 	// Loss is the share of packets dropped in each direction, 0 to 1.
 	Loss float64
-	// Seed makes Loss repeatable.
+	// Seed makes the pump's Loss repeatable. A netem link draws its own.
 	Seed uint64
 	// Pump carries the frames in user space when the link has Delay or Loss and
 	// the kernel has no netem, or when AlwaysPump is set. netlab/wire has one.
@@ -161,6 +161,9 @@ func (t Topology) plan() (plan, error) {
 			}
 			if math.IsNaN(l.Loss) || l.Loss < 0 || l.Loss > 1 {
 				bad("host %q: link to %q: loss %v is not a share between 0 and 1", h.Name, l.Switch, l.Loss)
+			}
+			if l.AlwaysPump && l.Pump == nil {
+				bad("host %q: link to %q: AlwaysPump without a Pump", h.Name, l.Switch)
 			}
 			for _, a := range l.Addrs {
 				if err := seg.take(a, h.Name); err != nil {

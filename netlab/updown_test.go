@@ -65,7 +65,7 @@ func BenchmarkUpDown120VersusMininet(b *testing.B) {
 
 // requireMininet skips where mininet or what its bridge switch calls is missing.
 func requireMininet(b *testing.B) {
-	requireLab(b, needPrivilege())
+	requireLab(b, CheckPrivilege())
 	for _, need := range []struct{ probe, hint string }{
 		{"/usr/bin/python3 -c 'import mininet.net'", "apt-get install mininet"},
 		{"command -v brctl", "apt-get install bridge-utils"},

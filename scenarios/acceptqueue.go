@@ -18,7 +18,7 @@ type acceptQueue struct {
 	Rounding time.Duration
 }
 
-// limit is what listen(2) makes of the backlog (net/socket.c, __sys_listen).
+// limit is what listen(2) makes of the backlog (net/socket.c, __sys_listen_socket).
 func (q acceptQueue) limit() int { return min(q.Backlog, q.Somaxconn) }
 
 // places is how many connections fit: a queue counts as full when it holds
@@ -42,10 +42,9 @@ func (q acceptQueue) fill() time.Duration {
 	return min(q.Stall, time.Duration(float64(q.places())/q.Rate*float64(time.Second)))
 }
 
-// byRetry returns how many clients connect with the k-th SYN they send, index 0
-// being those whose first SYN was answered at once among the victims' window
-// (always 0), index 1 those who needed one retransmission, and so on. A
-// client whose retransmission falls into the same stall is dropped again.
+// byRetry returns how many victims connect with their k-th retransmission, for k
+// from 1; index 0 is not used. A client whose retransmission falls into the same
+// stall is dropped again.
 func (q acceptQueue) byRetry() []float64 {
 	counts := make([]float64, len(q.Retries)+1)
 	full := q.fill()
@@ -64,6 +63,21 @@ func (q acceptQueue) lateRetry(k int) time.Duration {
 		return 0
 	}
 	return q.Retries[k-1] + time.Duration(k)*q.Rounding/2
+}
+
+// lateRetries are the times of all retransmissions, each with its rounding.
+func (q acceptQueue) lateRetries() []time.Duration {
+	times := make([]time.Duration, len(q.Retries))
+	for k := range times {
+		times[k] = q.lateRetry(k + 1)
+	}
+	return times
+}
+
+// unserved is how many clients find a place and lose patience in it: those that
+// come so early in the stall that it outlasts their timeout.
+func (q acceptQueue) unserved(timeout time.Duration) float64 {
+	return q.sentBefore(0, min(q.fill(), q.Stall-timeout))
 }
 
 // sentBefore counts first SYNs sent between from and to.

@@ -55,6 +55,23 @@ func TestAcceptQueueAttempts(t *testing.T) {
 	}
 }
 
+func TestAcceptQueueUnserved(t *testing.T) {
+	for _, tt := range []struct {
+		why     string
+		backlog int
+		timeout time.Duration
+		want    float64
+	}{
+		{"patience outlasts the stall", 511, 2 * time.Second, 0},
+		{"the queue was full before patience would have mattered: all who got a place", 511, 900 * time.Millisecond, 512},
+		{"room for all: those of the first 0.53 s", 2900, 900 * time.Millisecond, 1060},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			assert.InDelta(t, tt.want, articleQueue(tt.backlog, 4096).unserved(tt.timeout), 1e-6)
+		})
+	}
+}
+
 // The closed formulas must agree with a count over every single client.
 func TestAcceptQueueAgainstCounting(t *testing.T) {
 	for _, stall := range []time.Duration{0, 100 * time.Millisecond, 1430 * time.Millisecond, 3500 * time.Millisecond} {

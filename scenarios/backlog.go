@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"os"
 	"regexp"
 	"strconv"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"connlab/netlab"
 	"connlab/netlab/wire"
@@ -39,10 +42,10 @@ var Backlog = Scenario{
 			Summary: "a queue of at least λT places: nothing is dropped, and every client waits for up to the whole stall"},
 		{Name: "long-connections", Role: results.Fix, Set: []string{"over-held=true"},
 			Summary: "the same requests over connections that exist already: none needs a place, all wait for the stall"},
-		{Name: "no-stall", Role: results.Fix, Set: []string{"stall=0s"},
-			Summary: "backlog 511 and a server that keeps accepting: the root cause removed, nothing to see"},
+		{Name: "no-stall", Role: results.Control, Set: []string{"stall=0s"},
+			Summary: "the healthy control: backlog 511 and a server that keeps accepting, the root cause removed"},
 		{Name: "placebo", Role: results.Control, Set: []string{"max-syn-backlog=65536"},
-			Summary: "tcp_max_syn_backlog raised: a knob of the other queue, the numbers of the incident must come back"},
+			Summary: "the placebo control: tcp_max_syn_backlog raised: a knob of the other queue, the numbers of the incident must come back"},
 		{Name: "late-ack", Role: results.Incident, Set: []string{"held=0", "stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms"},
 			Summary: "with latency the queue fills between SYN-ACK and ACK: clients believe that they are connected"},
 		{Name: "late-ack-abort", Role: results.FalseLead, Set: []string{"held=0", "stall=2500ms", "volley-1=400", "volley-2=300", "delay=20ms", "abort=1"},
@@ -87,7 +90,7 @@ func (b *backlog) Flags(fs *flag.FlagSet) {
 	fs.IntVar(&b.Hosts, "hosts", b.Hosts, "client `hosts`, one address each (1 to 1000)")
 	fs.IntVar(&b.Held, "held", b.Held, "`connections` that are open before, and idle (0 to 8000)")
 	fs.Float64Var(&b.Rate, "rate", b.Rate, "λ: new connections per second, each for one PING (1 to 10000)")
-	fs.DurationVar(&b.Stall, "stall", b.Stall, "T: how long the event loop stands still, outside any command (0s to 5s)")
+	fs.DurationVar(&b.Stall, "stall", b.Stall, "T: how long the event loop stands still, outside any command (0s, or 100ms to 5s)")
 	fs.IntVar(&b.Backlog, "backlog", b.Backlog, "argument of listen(2) (1 to 65535)")
 	fs.IntVar(&b.Somaxconn, "somaxconn", b.Somaxconn, "net.core.somaxconn of the server's namespace (1 to 65535)")
 	fs.IntVar(&b.MaxSYNBacklog, "max-syn-backlog", b.MaxSYNBacklog, "net.ipv4.tcp_max_syn_backlog of the server's namespace (1 to 1000000)")
@@ -128,6 +131,9 @@ func (b *backlog) Check() error {
 	within("held", float64(b.Held), 0, 8000)
 	within("rate", b.Rate, 1, 10000)
 	lasting("stall", b.Stall, 0, 5*time.Second)
+	if b.Stall > 0 {
+		lasting("stall", b.Stall, 100*time.Millisecond, 5*time.Second) // ten samples at least
+	}
 	within("backlog", float64(b.Backlog), 1, 65535)
 	within("somaxconn", float64(b.Somaxconn), 1, 65535)
 	within("max-syn-backlog", float64(b.MaxSYNBacklog), 1, 1e6)
@@ -157,7 +163,26 @@ func (b *backlog) Check() error {
 	case b.Volley2 > b.queue(KernelRules{}).places():
 		errs = append(errs, fmt.Errorf("volley-2=%d must fit the SYN queue of %d places, or cookies take over", b.Volley2, b.queue(KernelRules{}).places()))
 	}
+	if len(errs) == 0 {
+		errs = append(errs, b.checkDescriptors())
+	}
 	return errors.Join(errs...)
+}
+
+// checkDescriptors compares what the load needs at most with what this process
+// may have open (RLIMIT_NOFILE; the Go runtime raises the soft limit to the hard
+// one).
+func (b *backlog) checkDescriptors() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return os.NewSyscallError("getrlimit", err)
+	}
+	const perHost, others = 3, 100 // a namespace and two rtnetlink sockets
+	need := b.Held + b.clients() + b.Hosts*(batch(b.Hosts)+perHost) + others
+	if uint64(need) > limit.Max {
+		return fmt.Errorf("this load may need %d open files, and the limit is %d: raise it (ulimit -Hn) or lower held, rate, stall or hosts", need, limit.Max)
+	}
+	return nil
 }
 
 // Topology implements [Experiment]: the clients and the server on one switch.
@@ -192,30 +217,33 @@ func (b *backlog) queue(rules KernelRules) acceptQueue {
 	return q
 }
 
-// Metrics that are both predicted and measured.
+// Metrics that Predict and Measure both name.
 const (
-	metricLimit       = "server/Listen.Limit"
-	metricPeakDepth   = "server/Listen.PeakDepth"
-	metricEstablished = "server/Tcp.CurrEstab.InStall"
-	metricOverflows   = "server/TcpExt.ListenOverflows"
-	metricDropsOnly   = "server/ListenDropsWithoutOverflow"
-	metricStall       = "server/Stall"
-	metricSlowlog     = "server/Slowlog.Len"
-	metricEmbryonic   = "server/TcpExt.EmbryonicRsts"
-	metricCookies     = "server/TcpExt.SyncookiesSent"
-	metricHalfOpen    = "server/Join.HalfOpen"
-	metricSymptom     = "clients/Symptom"
-	metricVictims     = "clients/Connect.Victims"
-	metricRetriedOnce = "clients/Connect.RetriedOnce"
-	metricRetriedMore = "clients/Connect.RetriedTwice"
-	metricTimeouts    = "clients/Failed.connect_timeout"
-	metricResets      = "clients/Failed.reset"
-	metricFailed      = "clients/Failed"
-	metricLatencyMax  = "clients/Latency.Max"
-	metricLatencyMean = "clients/Latency.InStall.Mean"
-	metricEstabAtJoin = "clients/Join.ESTABLISHED"
-	metricGhosts      = "clients/Join.Ghosts"
-	metricDroppedACKs = "both/DroppedACKs"
+	metricLimit        = "server/Listen.Limit"
+	metricPeakDepth    = "server/Listen.PeakDepth"
+	metricEstablished  = "server/Tcp.CurrEstab.InStall"
+	metricOverflows    = "server/TcpExt.ListenOverflows"
+	metricDropsOnly    = "server/ListenDropsWithoutOverflow"
+	metricStall        = "server/Stall" // measured only: a stall of another length voids the run
+	metricSlowest      = "server/Slowlog.Longest"
+	metricEmbryonic    = "server/TcpExt.EmbryonicRsts"
+	metricCookies      = "server/TcpExt.SyncookiesSent"
+	metricHalfOpen     = "server/Join.HalfOpen"
+	metricSymptom      = "clients/Symptom"
+	metricVictims      = "clients/Connect.Victims"
+	metricRetriedOnce  = "clients/Connect.RetriedOnce"
+	metricRetriedMore  = "clients/Connect.RetriedTwice"
+	metricPeakOnce     = "clients/Connect.RetriedOnce.Median"
+	metricPeakTwice    = "clients/Connect.RetriedTwice.Median"
+	metricReadTimeouts = "clients/Failed.read_timeout"
+	metricTimeouts     = "clients/Failed.connect_timeout"
+	metricResets       = "clients/Failed.reset"
+	metricFailed       = "clients/Failed"
+	metricLatencyMax   = "clients/Latency.Max"
+	metricLatencyMean  = "clients/Latency.InStall.Mean"
+	metricEstabAtJoin  = "clients/Join.ESTABLISHED"
+	metricGhosts       = "clients/Join.Ghosts"
+	metricDroppedACKs  = "both/DroppedACKs"
 )
 
 // Predict implements [Experiment].
@@ -280,11 +308,6 @@ func within(predicted, rel float64) results.Tolerance {
 	return results.Within(rel)
 }
 
-// racing is the share of dropped SYNs beside which another client's ACK may find
-// no room: its SYN was answered while the last place was being taken by another
-// processor.
-const racing = 0.01
-
 // predictArrivals is for arrivals at a rate around a stall.
 func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
 	places, victims := float64(q.places()), q.victims()
@@ -307,12 +330,31 @@ func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
 		claims = append(claims, claim(metricEstablished, "connections", "held + min(B+1, λ·T)", inputs, float64(b.Held)+peak, results.Within(0.02),
 			"at most, while the server stands still"))
 	}
+	if b.Stall > 0 {
+		claims = append(claims, claim(metricSlowest, "s", "T/10", inputs, b.Stall.Seconds()/10, results.AtMost(),
+			"the stall is outside any command: SLOWLOG does not have it"))
+	}
+	unserved := q.unserved(b.Timeout)
+	if b.OverHeld {
+		all := q
+		all.Rate, all.Backlog, all.Somaxconn = b.Rate, math.MaxInt32, math.MaxInt32 // every request finds room in its socket
+		unserved = all.unserved(b.Timeout)
+	}
+	inputs["λ"], inputs["t"] = b.Rate, b.Timeout.Seconds()
+	if unserved > 0 {
+		claims = append(claims, claim(metricReadTimeouts, "connections", "λ·min((B+1)/λ, max(0, T − t))", inputs, unserved, results.Within(0.05),
+			fmt.Sprintf("connected at once, and no reply within t = %v", b.Timeout)))
+	}
+	inputs["λ"] = q.Rate
 	if victims == 0 {
 		claims = append(claims,
 			claim(metricVictims, "connections", "max(0, λ·T − (B+1))", inputs, 0, results.Exactly(), "clients whose first SYN is dropped"),
 			claim(metricOverflows, "SYNs", "0", nil, 0, results.Exactly(), "the queue never overflows"),
-			claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "every client is served"),
 		)
+		if unserved > 0 {
+			return claims
+		}
+		claims = append(claims, claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "every client is served"))
 		if b.Stall > 0 {
 			gap := 1 / b.Rate
 			inputs["gap"] = gap
@@ -323,33 +365,43 @@ func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
 		}
 		return claims
 	}
-	late := fmt.Sprintf("timers are %v late on average", q.Rounding/2)
 	claims = append(claims,
 		claim(metricVictims, "connections", "max(0, λ·T − (B+1))", inputs, victims, results.Within(0.05), "clients whose first SYN is dropped"),
 		claim(metricOverflows, "SYNs", "Σ λ·max(0, T − (B+1)/λ − r)", inputs, q.attempts(), results.Within(0.05),
-			fmt.Sprintf("attempts: r = 0 and SYN retries at %s; %s", spellRetries(q.Retries), late)),
+			"attempts, over r = 0 and the SYN retries at "+spellRetries(q.lateRetries())),
 	)
 	if gaveUp := q.gaveUp(); gaveUp > 0 {
-		last := 0.0
-		if n := len(q.Retries); n > 0 {
-			last = q.Retries[n-1].Seconds()
-		}
-		inputs["r"] = last
+		inputs["r"] = q.lateRetry(len(q.Retries)).Seconds()
 		return append(claims, claim(metricTimeouts, "connections", "λ·max(0, T − (B+1)/λ − r)", inputs, gaveUp, results.Within(0.05),
 			fmt.Sprintf("r: the last SYN within the timeout of %v", b.Timeout)))
 	}
+	if unserved == 0 {
+		claims = append(claims, claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "patient clients connect in the end"))
+	}
+	// Retransmissions fire together, a tick of the timer wheel at a time, and
+	// are answered together. A lump that meets the queue as it is emptied may
+	// get more SYN-ACKs than there are places: its last ACKs are dropped.
+	if unserved == 0 {
+		claims = append(claims, claim(metricDroppedACKs, "ACKs", "0", nil, 0, results.PlusMinus(math.Ceil(q.Rate*q.Rounding.Seconds())),
+			fmt.Sprintf("ListenOverflows − RetransSegs of both ends: every SYN dropped is sent again, but for at most one lump of λ·%v SYN retries", q.Rounding)))
+	}
 	counts := q.byRetry()
-	twice := counts[2]
-	inputs["r₁"] = q.Retries[0].Seconds()
-	return append(claims,
-		claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "patient clients connect in the end"),
-		claim(metricDroppedACKs, "ACKs", "0", nil, 0, results.PlusMinus(math.Ceil(racing*q.attempts())),
-			"ListenOverflows − RetransSegs of both ends: every SYN dropped is one sent again, but for ACKs that race for the last place"),
+	inputs["r₁"] = q.lateRetry(1).Seconds()
+	claims = append(claims,
 		claim(metricRetriedOnce, "connections", "λ·T − (B+1) − λ·max(0, T − (B+1)/λ − r₁)", inputs, counts[1], within(counts[1], 0.05),
-			"connect time near "+spellRetries(q.Retries[:1])),
-		claim(metricRetriedMore, "connections", "λ·max(0, T − (B+1)/λ − r₁)", inputs, twice, within(twice, 0.15),
-			"connect time near "+spellRetries(q.Retries[1:2])+"; "+late),
+			fmt.Sprintf("connected with the first SYN retry; the timer is %v late on average", q.Rounding/2)),
+		claim(metricPeakOnce, "s", "r₁", inputs, q.lateRetry(1).Seconds(), results.PlusMinus(q.Rounding.Seconds()), "the peak of their connect times"),
 	)
+	if len(counts) > 2 {
+		claims = append(claims, claim(metricRetriedMore, "connections", "λ·max(0, T − (B+1)/λ − r₁)", inputs, counts[2], within(counts[2], 0.15),
+			"connected with the second"))
+		if counts[2] > 0 {
+			inputs["r₂"] = q.lateRetry(2).Seconds()
+			claims = append(claims, claim(metricPeakTwice, "s", "r₂", inputs, q.lateRetry(2).Seconds(), results.PlusMinus(2*q.Rounding.Seconds()),
+				"the peak of their connect times"))
+		}
+	}
+	return claims
 }
 
 // predictVolleys is for one or two volleys inside a stall, over a link with
@@ -380,8 +432,10 @@ func (b *backlog) predictVolleys(q acceptQueue) []results.Prediction {
 		claim(metricOverflows, "ACKs", "max(0, n − (B+1))", inputs, late, results.AtLeast(), "attempts: every ACK and request that finds no room"),
 	)
 	if b.Volley2 == 0 {
-		// The SYN queue holds B+1 requests as well; cookies answer the rest.
-		return append(claims, exact(metricCookies, "SYNs", "max(0, n − (B+1))", late, "SYNs beyond the SYN queue"),
+		// The SYN queue holds B+1 requests as well, B before Linux 6.14
+		// (include/net/inet_connection_sock.h, inet_csk_reqsk_queue_is_full);
+		// cookies answer the rest.
+		return append(claims, claim(metricCookies, "SYNs", "max(0, n − (B+1))", inputs, late, results.PlusMinus(1), "SYNs beyond the SYN queue"),
 			exact(metricDroppedACKs, "ACKs", "max(0, n − (B+1))", late, "ListenOverflows − RetransSegs of both ends"))
 	}
 	return append(claims, exact(metricHalfOpen, "connections", "max(0, n − (B+1))", late, "handshakes that the server still holds open for them"))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -50,14 +51,13 @@ func (b *backlog) arrivalsFor() time.Duration { return lead + cronPeriod + b.Sta
 
 // Measure implements [Experiment].
 func (b *backlog) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *results.Variant) (err error) {
-	prog, err := findServer(opt)
-	if err != nil {
-		return err
-	}
 	server := lab.Host("server")
 	clients := lab.Hosts()[1:]
 	v.Link = server.LinkKind()
-	t, err := prog.start(ctx, server, serverConfig{backlog: b.Backlog, acceptsPerCycle: b.Accepts}, opt.Log)
+	if opt.server.kind != ServerMini && b.Accepts != newBacklog().Accepts {
+		v.Warnings = append(v.Warnings, "accepts is the mini server's: redis-server has its own")
+	}
+	t, err := opt.server.start(ctx, server, serverConfig{backlog: b.Backlog, acceptsPerCycle: b.Accepts}, opt.Log)
 	if err != nil {
 		return err
 	}
@@ -225,6 +225,9 @@ func (r *backlogRun) join() (observe.Joined, error) {
 	if err != nil {
 		return nil, err
 	}
+	server = slices.DeleteFunc(server, func(s observe.Socket) bool {
+		return s.Remote.Addr() == r.target.addr.Addr() // the control connection
+	})
 	r.joinedAt = time.Now()
 	r.watch.Mark("both ends joined")
 	r.metric("both/Join.Duration", r.joinedAt.Sub(began).Seconds(), "s")
@@ -279,6 +282,8 @@ func (r *backlogRun) checkConditions() {
 		r.v.Void(fmt.Sprintf("the server stood still for %v instead of %v", r.stall.length(), r.b.Stall))
 	}
 	switch {
+	case r.b.Volley1 == 0 && begin < 0:
+		r.v.Void(fmt.Sprintf("the stall began %v before the arrivals", -begin))
 	case r.b.Volley1 == 0 && end > r.b.arrivalsFor():
 		r.v.Void(fmt.Sprintf("the stall ended %v after the arrivals", end-r.b.arrivalsFor()))
 	case r.b.Volley1 > 0 && begin > volley1At:
@@ -307,19 +312,23 @@ func (r *backlogRun) inStall(of func(loadgen.Op) (t time.Duration, ok bool)) *lo
 // fillClients counts what the clients saw.
 func (r *backlogRun) fillClients() {
 	rep := r.report
-	var victims, once, twice, slowest float64
-	retries := ReadKernelRules().SYNRetries(3)
+	var victims, slowest float64
+	// By SYN retry: those that connected with the first, the second.
+	waits := [2]*loadgen.Histogram{loadgen.NewHistogram(), loadgen.NewHistogram()}
+	retries := ReadKernelRules().SYNRetries(len(waits) + 1)
 	for _, op := range r.ops {
-		switch waited := connectTime(op); {
-		case waited < retries[0]/2: // answered at once: no retransmission is due before the first timeout
-		case waited < (retries[0]+retries[1])/2:
-			victims++
-			once++
-		case waited < (retries[1]+retries[2])/2:
-			victims++
-			twice++
-		default:
-			victims++
+		waited := connectTime(op)
+		if op.Class == loadgen.ConnectTimeout || waited >= retries[0]/2 {
+			victims++ // before half the first timeout no retransmission has been due
+		}
+		for k := range waits {
+			low := retries[0] / 2
+			if k > 0 {
+				low = (retries[k-1] + retries[k]) / 2
+			}
+			if op.Connected > 0 && waited >= low && waited < (retries[k]+retries[k+1])/2 {
+				waits[k].Record(waited)
+			}
 		}
 		if op.Class == loadgen.OK {
 			slowest = max(slowest, (op.Done - op.Due).Seconds())
@@ -338,8 +347,13 @@ func (r *backlogRun) fillClients() {
 	resets := rep.Failed[loadgen.ConnectReset] + rep.Failed[loadgen.WriteReset] + rep.Failed[loadgen.WriteBrokenPipe] + rep.Failed[loadgen.ReadReset]
 	r.metric(metricResets, float64(resets), "connections")
 	r.metric(metricVictims, victims, "connections")
-	r.metric(metricRetriedOnce, once, "connections")
-	r.metric(metricRetriedMore, twice, "connections")
+	for k, names := range [...][2]string{{metricRetriedOnce, metricPeakOnce}, {metricRetriedMore, metricPeakTwice}} {
+		r.metric(names[0], float64(waits[k].Count()), "connections")
+		if waits[k].Count() > 0 {
+			r.metric(names[1], waits[k].Quantile(0.5).Seconds(), "s")
+		}
+	}
+	r.metric(metricReadTimeouts, float64(rep.Failed[loadgen.ReadTimeout]), "connections")
 	r.metric(metricLatencyMax, slowest, "s")
 	waited := r.inStall(func(op loadgen.Op) (time.Duration, bool) { return op.Done - op.Due, op.Class == loadgen.OK })
 	r.metric(metricLatencyMean, waited.Mean().Seconds(), "s")
@@ -405,14 +419,15 @@ func (r *backlogRun) fillServer(timeline *observe.Timeline) error {
 		if err != nil {
 			return err
 		}
-		r.metric(metricEstablished, float64(established-1), "connections") // without the control connection
+		// The control connection has both its ends on the server's host.
+		r.metric(metricEstablished, float64(established-2), "connections")
 		r.metric(metricStall, r.stall.length().Seconds(), "s")
 	}
-	slow, err := r.target.slowlogLen()
+	slow, err := r.target.slowest()
 	if err != nil {
 		return err
 	}
-	r.metric(metricSlowlog, float64(slow), "commands")
+	r.metric(metricSlowest, slow.Seconds(), "s")
 	series, err := timeline.Series("Listen.Depth", host)
 	if err != nil {
 		return err
@@ -463,7 +478,14 @@ func (r *backlogRun) fillCounters(timeline *observe.Timeline, clients observe.Co
 			}
 		}
 		for _, counter := range alwaysShown {
-			r.metric(side.name+"/"+counter, float64(side.deltas[counter]), unitOf(counter))
+			if n, printed := side.deltas[counter]; printed {
+				r.metric(side.name+"/"+counter, float64(n), unitOf(counter))
+			}
+		}
+	}
+	for _, counter := range []string{"TcpExt.ListenOverflows", "TcpExt.ListenDrops", "Tcp.RetransSegs"} {
+		if _, printed := server[counter]; !printed {
+			return fmt.Errorf("this kernel does not print %s", counter)
 		}
 	}
 	overflows := server["TcpExt.ListenOverflows"]

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -36,9 +35,6 @@ func TestBacklog(t *testing.T) {
 		{ServerRedis, []string{"incident", "backlog-2900", "late-ack-abort"}},
 	} {
 		t.Run(tt.server, func(t *testing.T) {
-			if _, err := exec.LookPath("redis-server"); err != nil && tt.server == ServerRedis {
-				skip(t, "redis-server is not installed; apt-get install redis-server, or make setup")
-			}
 			rec := run(t, Options{Server: tt.server, Variants: tt.variants})
 			for _, v := range rec.Variants {
 				assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
@@ -125,6 +121,31 @@ func TestBacklogCheck(t *testing.T) {
 	}
 }
 
+// Predict must have an answer for whatever Check lets pass.
+func TestPredictOverTheRange(t *testing.T) {
+	for _, stall := range []string{"0s", "100ms", "1430ms", "5s"} {
+		for _, timeout := range []string{"50ms", "400ms", "900ms", "1500ms", "2500ms", "60s"} {
+			for _, backlog := range []string{"1", "511", "65535"} {
+				for _, more := range []string{"held=10", "over-held=true", "held=0 volley-1=1 delay=5ms", "held=0 volley-1=8000 delay=40ms", "volley-1=1 volley-2=1 delay=20ms abort=1"} {
+					e := Backlog.New()
+					require.NoError(t, apply(e, strings.Fields("stall="+stall+" timeout="+timeout+" backlog="+backlog+" "+more)))
+					if e.Check() != nil {
+						continue
+					}
+					for _, rules := range []KernelRules{goldenRules, {TimerRounding: 80 * time.Millisecond}, {LinearSYNTimeouts: 1}} {
+						for _, p := range e.Predict(results.Incident, rules) {
+							v := results.Variant{Predictions: []results.Prediction{p}, Metrics: map[string]results.Metric{p.Metric: {Value: p.Predicted, Unit: p.Unit}}}
+							v.Judge()
+							assert.Equal(t, results.Held, v.Verdict, "%s with %s: a measurement as predicted must hold: %s", p.Metric, spell(e), v.Reason)
+							assert.GreaterOrEqual(t, p.Predicted, 0.0, p.Metric)
+						}
+					}
+				}
+			}
+		}
+	}
+}
+
 func TestPrepare(t *testing.T) {
 	for _, tt := range []struct {
 		why  string
@@ -158,11 +179,11 @@ func TestPrepare(t *testing.T) {
 // answered from go test's cache, and the kernel's state is no input it knows.
 func run(t *testing.T, opt Options) *results.Record {
 	t.Helper()
-	if err := netlabUsable(t); err != nil {
-		skip(t, err.Error())
-	}
 	opt.Progress = func(line string) { t.Log(line) }
 	rec, err := Run(t.Context(), &Backlog, opt)
+	if need, is := errors.AsType[*netlab.NeedError](err); is {
+		skip(t, need.Error())
+	}
 	require.NoError(t, err)
 
 	runs := filepath.Join("..", "results", "runs")
@@ -192,19 +213,6 @@ func makeLike(like, dir string) error {
 	}
 	owner := info.Sys().(*syscall.Stat_t)
 	return os.Chown(dir, int(owner.Uid), int(owner.Gid))
-}
-
-// netlabUsable says why no lab can stand here.
-func netlabUsable(t *testing.T) error {
-	lab, err := netlab.Up(t.Context(), netlab.Topology{Hosts: []netlab.HostSpec{{Name: "probe"}}})
-	var need *netlab.NeedError
-	switch {
-	case errors.As(err, &need):
-		return need
-	case err != nil:
-		return err
-	}
-	return lab.Down()
 }
 
 // skip ends a test that cannot run here; under CONNLAB_STRICT that is a failure.

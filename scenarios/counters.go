@@ -2,14 +2,15 @@ package scenarios
 
 import "strings"
 
-// isCounter tells the kernel's counters from its gauges and from what the lab's
-// own sampling adds.
+// isCounter tells the kernel's counters from its gauges and from those that
+// sampling adds.
 func isCounter(name string) bool {
-	switch {
-	case strings.HasPrefix(name, "TcpExt."), strings.HasPrefix(name, "IpExt."), strings.HasPrefix(name, "Ip."), strings.HasPrefix(name, "Tcp."):
-		return name != "Tcp.CurrEstab"
+	for _, gauges := range []string{"sockstat.", "Listen.", "State.", "Tcp.CurrEstab"} {
+		if strings.HasPrefix(name, gauges) {
+			return false
+		}
 	}
-	return false
+	return true
 }
 
 // unitOf is what a kernel counter counts.

@@ -45,7 +45,7 @@ func tick() time.Duration {
 }
 
 // timerRounding is the granularity of the wheel level that holds a timer of one
-// second: level n takes timers from 63·8^n … jiffies on and counts in 8^n
+// second: level n takes timers of 63·8^(n−1) jiffies and more and counts in 8^n
 // jiffies (kernel/time/timer.c, LVL_START and LVL_GRAN).
 func timerRounding(tick time.Duration) time.Duration {
 	jiffies := int64(initialSYNTimeout / tick)

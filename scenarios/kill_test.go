@@ -1,7 +1,6 @@
 package scenarios
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io/fs"
@@ -13,12 +12,14 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"connlab/netlab"
 	"connlab/results"
 )
 
@@ -26,15 +27,17 @@ const (
 	killable = "run-to-be-killed"
 	// killToken marks the processes of one killed run by their environment.
 	killToken = "CONNLAB_KILL_TEST"
+	saving    = "saving the record"
 )
 
-// runKillable is a run like any other, with its record saved.
+// runKillable is a run like any other, with a pump, a server and a record.
 func runKillable(dir string) int {
 	rec, err := Run(context.Background(), &Backlog, Options{
-		Variants: []string{"incident", "late-ack"}, Set: []string{"held=200", "hosts=40"},
+		Variants: []string{"late-ack-abort"}, Set: []string{"hosts=40", "stall=1500ms"},
 		Progress: func(line string) { fmt.Fprintln(os.Stderr, line) },
 	})
 	if err == nil {
+		fmt.Fprintln(os.Stderr, saving)
 		_, err = results.Save(dir, rec)
 	}
 	if err != nil {
@@ -47,30 +50,34 @@ func runKillable(dir string) int {
 // A run that is killed at any moment leaves no namespace, interface, process or
 // file.
 func TestKilledRunLeavesNothing(t *testing.T) {
-	if err := netlabUsable(t); err != nil {
+	if err := netlab.CheckPrivilege(); err != nil {
 		skip(t, err.Error())
 	}
 	const kills = 20
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
-	self, err := os.Executable()
-	require.NoError(t, err)
 	dir := t.TempDir()
+	whole := time.Now()
+	start(t, dir, "", func(*exec.Cmd, *lines) {})
+	length := time.Since(whole)
 	namespaces, interfaces, files := namespacesInUse(t), interfaceNames(t), filesIn(t, dir)
 	killedAt := map[string]int{}
 	for i := range kills {
 		token := fmt.Sprintf("%s=%d-%d", killToken, seed, i)
-		var progress bytes.Buffer
-		cmd := exec.Command(self, killable, dir)
-		cmd.Env = append(os.Environ(), token)
-		cmd.Stderr = &progress
-		require.NoError(t, cmd.Start())
-		delay := time.Duration(random.Int64N(int64(4 * time.Second)))
-		time.Sleep(delay) // the moment is what is random
-		require.NoError(t, cmd.Process.Kill())
-		_ = cmd.Wait()
-		killedAt[lastStage(progress.String())]++
+		delay := time.Duration(random.Int64N(int64(length)))
+		progress := start(t, dir, token, func(cmd *exec.Cmd, progress *lines) {
+			if i%5 == 0 { // the moment that makes a file is short: aim at it
+				progress.await(saving)
+				delay = time.Duration(random.Int64N(int64(2 * time.Millisecond)))
+			}
+			time.Sleep(delay) // the moment is what is random
+			_ = cmd.Process.Kill()
+		})
+		killedAt[lastStage(progress)]++
+		files = append(files, wholeRecords(t, dir)...)
+		slices.Sort(files)
+		files = slices.Compact(files)
 
 		var left []string
 		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
@@ -84,14 +91,76 @@ func TestKilledRunLeavesNothing(t *testing.T) {
 				break
 			}
 		}
-		assert.Empty(t, left, "killed after %v, in %q", delay, lastStage(progress.String()))
+		assert.Empty(t, left, "killed after %v, in %q", delay, lastStage(progress))
 		assert.Equal(t, interfaces, interfaceNames(t), "interfaces of the host")
 		assert.Equal(t, files, filesIn(t, dir), "files")
 	}
 	t.Logf("killed while: %v", killedAt)
 }
 
-var stages = regexp.MustCompile(`starting|opening|due|held|refuted|void`)
+// start runs a killable run, lets meanwhile have it, and waits for its end.
+func start(t *testing.T, dir, token string, meanwhile func(*exec.Cmd, *lines)) (progress string) {
+	t.Helper()
+	self, err := os.Executable()
+	require.NoError(t, err)
+	cmd := exec.Command(self, killable, dir)
+	cmd.Env = append(os.Environ(), token)
+	out := &lines{said: make(chan struct{}, 1)}
+	cmd.Stderr = out
+	require.NoError(t, cmd.Start())
+	meanwhile(cmd, out)
+	_ = cmd.Wait()
+	return out.String()
+}
+
+// lines is what a run has said so far.
+type lines struct {
+	mu   sync.Mutex
+	text strings.Builder
+	said chan struct{}
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	select {
+	case l.said <- struct{}{}:
+	default:
+	}
+	return l.text.Write(b)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// await returns when the run has said the text, or half a minute later.
+func (l *lines) await(text string) {
+	for deadline := time.After(30 * time.Second); !strings.Contains(l.String(), text); {
+		select {
+		case <-l.said:
+		case <-deadline:
+			return
+		}
+	}
+}
+
+// wholeRecords lists the records that were saved before the kill came, each of
+// which must be whole.
+func wholeRecords(t *testing.T, dir string) []string {
+	t.Helper()
+	paths, err := filepath.Glob(filepath.Join(dir, "*.json"))
+	require.NoError(t, err)
+	for _, path := range paths {
+		_, err := results.Load(path)
+		assert.NoError(t, err, "a record that is there is whole")
+	}
+	return paths
+}
+
+var stages = regexp.MustCompile(`starting|opening|due|held|refuted|void|saving`)
 
 // lastStage says how far a run had come.
 func lastStage(progress string) string {
@@ -151,6 +220,7 @@ func interfaceNames(t *testing.T) []string {
 	for _, i := range list {
 		names = append(names, i.Name)
 	}
+	slices.Sort(names)
 	return names
 }
 
@@ -172,5 +242,6 @@ func filesIn(t *testing.T, dir string) []string {
 			names = append(names, e.Name())
 		}
 	}
+	slices.Sort(names)
 	return names
 }

@@ -56,7 +56,7 @@ type Experiment interface {
 var All = []*Scenario{&Backlog}
 
 // ErrUsage is wrapped by every error about what the caller asked for: an
-// unknown incident, variant or parameter, or a value out of range.
+// unknown incident, variant, parameter or server, or a value out of range.
 var ErrUsage = errors.New("usage")
 
 type usageError struct{ text string }
@@ -99,13 +99,13 @@ type Options struct {
 	Set []string
 	// Server is the server under test: [ServerMini] or [ServerRedis].
 	Server string
-	// Self is the executable that runs `server` as connlab does; empty means
-	// this one.
-	Self string
 	// Progress is told what is going on, a line at a time; nil is silent.
 	Progress func(line string)
-	// Log gets the output of the programs under test; nil discards it.
+	// Log gets the output of the programs under test, from several goroutines;
+	// nil discards it.
 	Log io.Writer
+
+	server program // found once, before anything is started
 }
 
 func (o Options) progress(format string, args ...any) {
@@ -114,25 +114,27 @@ func (o Options) progress(format string, args ...any) {
 	}
 }
 
-// Run runs the arms of a scenario, one after the other, and judges them. It
-// fails with ErrUsage before anything is started if a name or value is wrong.
-// Where the kernel or the privilege lacks something, the arm is skipped with the
-// reason. A run that breaks makes its arm void. Only when ctx ends early does Run
+// Run runs the arms of a scenario, one after the other, and judges them. Before
+// anything is started it fails with ErrUsage if a name or value is wrong, and
+// with a [*netlab.NeedError] if the privilege or the server is missing. Where the
+// kernel lacks what an arm needs, the arm is skipped with the reason. A run that breaks makes its arm void. Only when ctx ends early does Run
 // return both the record so far and an error.
 func Run(ctx context.Context, s *Scenario, opt Options) (*results.Record, error) {
 	arms, err := s.prepare(opt)
 	if err != nil {
 		return nil, err
 	}
-	srv, err := findServer(opt)
-	if err != nil {
+	if opt.server, err = findServer(opt.Server); err != nil {
+		return nil, err
+	}
+	if err := netlab.CheckPrivilege(); err != nil {
 		return nil, err
 	}
 	rec, err := results.New(s.Name)
 	if err != nil {
 		return nil, err
 	}
-	rec.Server = srv.version()
+	rec.Server = opt.server.version()
 	rec.Parameters = arms[0].defaults
 	rules := ReadKernelRules()
 	for i, arm := range arms {
@@ -184,7 +186,7 @@ func (s *Scenario) prepare(opt Options) ([]arm, error) {
 			return nil, err
 		}
 		if err := a.experiment.Check(); err != nil {
-			return nil, usagef("variant %s: %v", v.Name, err)
+			return nil, usagef("variant %s: %s", v.Name, strings.ReplaceAll(err.Error(), "\n", "; "))
 		}
 		for name, value := range spell(a.experiment) {
 			if value != defaults[name] {

@@ -11,15 +11,22 @@ import (
 // longer than making a socket, and an arrival must not wait for it.
 type stash struct {
 	host *netlab.Host
+	size int
 	fds  []int
 }
 
-// stashBatch is how many sockets one visit to a namespace makes.
-const stashBatch = 16
+// stashed is how many sockets all hosts together keep in advance, and stashBatch
+// how many one visit to a namespace makes at most.
+const (
+	stashed    = 2000
+	stashBatch = 16
+)
+
+func batch(hosts int) int { return max(1, min(stashBatch, stashed/hosts)) }
 
 func (s *stash) socket() (int, error) {
 	if len(s.fds) == 0 {
-		fds, err := s.host.Sockets(stashBatch)
+		fds, err := s.host.Sockets(s.size)
 		if err != nil {
 			return -1, err
 		}
@@ -46,8 +53,8 @@ func sources(hosts []*netlab.Host) (list []loadgen.Source, closeUnused func(), e
 		}
 	}
 	for i, h := range hosts {
-		stashes[i] = &stash{host: h}
-		if stashes[i].fds, err = h.Sockets(stashBatch); err != nil {
+		stashes[i] = &stash{host: h, size: batch(len(hosts))}
+		if stashes[i].fds, err = h.Sockets(stashes[i].size); err != nil {
 			closeUnused()
 			return nil, nil, err
 		}

@@ -37,16 +37,12 @@ type program struct {
 }
 
 // findServer says what is missing before anything is started.
-func findServer(opt Options) (program, error) {
-	switch opt.Server {
+func findServer(kind string) (program, error) {
+	switch kind {
 	case ServerMini, "":
-		path := opt.Self
-		if path == "" {
-			self, err := os.Executable()
-			if err != nil {
-				return program{}, fmt.Errorf("finding this executable: %w", err)
-			}
-			path = self
+		path, err := os.Executable()
+		if err != nil {
+			return program{}, fmt.Errorf("finding this executable: %w", err)
 		}
 		return program{kind: ServerMini, path: path}, nil
 	case ServerRedis:
@@ -54,17 +50,19 @@ func findServer(opt Options) (program, error) {
 		if err != nil {
 			return program{}, &netlab.NeedError{Need: netlab.NeedRedis, Err: errors.New("it is not in PATH; install it with: apt-get install redis-server")}
 		}
-		out, err := exec.Command(path, "--version").Output()
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		out, err := exec.CommandContext(ctx, path, "--version").Output()
 		if err != nil {
 			return program{}, fmt.Errorf("%s --version: %w", path, err)
 		}
-		release := "unknown release"
+		release := "of unknown release"
 		if m := regexp.MustCompile(`v=(\S+)`).FindSubmatch(out); m != nil {
 			release = string(m[1])
 		}
 		return program{kind: ServerRedis, path: path, release: release}, nil
 	}
-	return program{}, usagef("unknown server %q; there is: %s, %s", opt.Server, ServerMini, ServerRedis)
+	return program{}, usagef("unknown server %q; there is: %s, %s", kind, ServerMini, ServerRedis)
 }
 
 func (p program) version() string { return strings.TrimSpace(p.kind + " " + p.release) }
@@ -118,7 +116,7 @@ func (p program) start(ctx context.Context, host *netlab.Host, cfg serverConfig,
 	// The control connection waits through a stall, so its limit is the run's.
 	t.control = redis.NewConn(conn, 2*time.Minute, 2*time.Minute)
 	if _, err := t.control.Do("PING"); err != nil {
-		return nil, fmt.Errorf("control connection: %w", err)
+		return nil, errors.Join(fmt.Errorf("control connection: %w", err), t.control.Close())
 	}
 	return t, nil
 }
@@ -199,13 +197,19 @@ func (t *target) info(section string) (map[string]string, error) {
 	return fields, nil
 }
 
-// slowlogLen is how many commands the server itself found slow.
-func (t *target) slowlogLen() (int, error) {
-	n, err := redis.Int(t.control.Do("SLOWLOG", "LEN"))
+// slowest is how long the longest command took that the server itself found slow;
+// 0 if it found none.
+func (t *target) slowest() (time.Duration, error) {
+	const all = 128 // the longest log that either server keeps by default
+	entries, err := redis.SlowLogs(t.control.Do("SLOWLOG", "GET", all))
 	if err != nil {
-		return 0, fmt.Errorf("SLOWLOG LEN: %w", err)
+		return 0, fmt.Errorf("SLOWLOG GET: %w", err)
 	}
-	return n, nil
+	var longest time.Duration
+	for _, e := range entries {
+		longest = max(longest, e.ExecutionTime)
+	}
+	return longest, nil
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"connlab/server/resp"
@@ -326,28 +327,35 @@ func TestClientKill(t *testing.T) {
 	assert.Empty(t, admin.waitClosed())
 }
 
+// pingOnce connects, asks once and closes.
+func pingOnce(addr string) error {
+	nc, err := net.Dial("tcp4", addr)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	if _, err := nc.Write([]byte("PING\r\n")); err != nil {
+		return err
+	}
+	_, err = io.ReadFull(nc, make([]byte, len("+PONG\r\n")))
+	return err
+}
+
 // Short connections must leave nothing behind.
 func TestShortConnections(t *testing.T) {
 	s := serve(t, nil)
-	var wg sync.WaitGroup
+	var group errgroup.Group
 	for range 4 {
-		wg.Go(func() {
+		group.Go(func() error {
 			for range 500 {
-				nc, err := net.Dial("tcp4", s.Addr().String())
-				if err != nil {
-					t.Errorf("dial: %v", err) // not require: this is not the test's goroutine
-					return
+				if err := pingOnce(s.Addr().String()); err != nil {
+					return err
 				}
-				_, err = nc.Write([]byte("PING\r\n"))
-				assert.NoError(t, err)
-				pong := make([]byte, 7)
-				_, err = io.ReadFull(nc, pong)
-				assert.NoError(t, err)
-				assert.NoError(t, nc.Close())
 			}
+			return nil
 		})
 	}
-	wg.Wait()
+	require.NoError(t, group.Wait())
 	admin := dial(t, s.Addr().String())
 	eventually(t, func() string { return admin.info("connected_clients") }, func() bool { return admin.info("connected_clients") == "1" })
 	assert.Equal(t, "2001", admin.info("accepted_total"))

@@ -2,8 +2,8 @@ package wire
 
 import "time"
 
-// frameSize has room for the longest frame of a 1,500-byte MTU (1,514, with a
-// VLAN tag 1,518) and one byte more, by which a longer one is noticed.
+// frameSize has room for the longest frame of a 1,500-byte MTU (1,514 bytes, 1,518
+// with a VLAN tag); one that fills it was longer.
 const frameSize = 2048
 
 // frame is one Ethernet frame on its way.
