@@ -77,13 +77,14 @@ func TestImportRules(t *testing.T) {
 	require.Greater(t, found, 50, "too few Go files seen: is the walk right?")
 }
 
-// The top of the tree is given; a new folder there is a decision, not a habit.
+// A new folder at the top of the tree is a decision, not a habit.
 func TestTopLevel(t *testing.T) {
-	want := []string{"CHANGELOG.md", "Makefile", "README.md", "cmd", "docs", "go.mod", "go.sum", "loadgen", "netlab", "results", "scenarios", "server"}
+	want := []string{"cmd", "docs", "loadgen", "netlab", "results", "scenarios", "server"}
 	entries, err := os.ReadDir("../..")
 	require.NoError(t, err)
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), ".") || e.Name() == "bin" {
+		// A file may be somebody's own: a saved record, a note.
+		if strings.HasPrefix(e.Name(), ".") || e.Name() == "bin" || !e.IsDir() {
 			continue
 		}
 		assert.Contains(t, want, e.Name())

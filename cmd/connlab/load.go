@@ -142,7 +142,8 @@ func load(ctx context.Context, o loadOptions, stdout, stderr io.Writer) error {
 	if report == nil {
 		return err
 	}
-	if errors.Is(err, context.Canceled) {
+	interrupted := errors.Is(err, context.Canceled)
+	if interrupted {
 		line.print("interrupted: the report covers what came due before")
 		err = nil
 	}
@@ -155,6 +156,9 @@ func load(ctx context.Context, o loadOptions, stdout, stderr io.Writer) error {
 	}
 	if err != nil {
 		return err
+	}
+	if interrupted {
+		return exitError{code: exitVoid}
 	}
 	if behind := report.Behind(behindLimit); behind != nil {
 		return exitError{exitVoid, behind}

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -66,10 +67,7 @@ func connlab(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	var exit exitError
 	said := errors.As(err, &exit) && exit.err == nil
 	if err != nil && !said {
-		fmt.Fprintln(stderr, "connlab:", err)
-		if code == exitUsage {
-			fmt.Fprintln(stderr, "Try: connlab --help")
-		}
+		fmt.Fprintln(stderr, "connlab:", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	return code
 }

@@ -3,11 +3,11 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -74,6 +74,9 @@ func TestUsageErrors(t *testing.T) {
 			assert.Equal(t, exitUsage, o.code)
 			assert.Contains(t, o.stderr, tt.want)
 			assert.Empty(t, o.stdout)
+			if tt.args[0] != "server" { // its flags are listed below the line
+				assert.Equal(t, 1, strings.Count(o.stderr, "\n"), "one line: %s", o.stderr)
+			}
 		})
 	}
 }
@@ -197,14 +200,14 @@ func TestLoadOfNobody(t *testing.T) {
 // needLab skips where no lab can stand.
 func needLab(t *testing.T) {
 	t.Helper()
-	if os.Geteuid() == 0 {
+	err := netlab.CheckPrivilege()
+	if err == nil {
 		return
 	}
-	const reason = "needs root: sudo go test"
 	if os.Getenv("CONNLAB_STRICT") == "1" {
-		t.Fatal(reason)
+		t.Fatal(err)
 	}
-	t.Skip(reason)
+	t.Skip(err)
 }
 
 // small makes a variant small and quick; its claims follow its parameters.
@@ -237,7 +240,7 @@ func TestRunWithoutPrivilege(t *testing.T) {
 	// t.TempDir is its owner's only, and so is the folder above it.
 	require.NoError(t, os.Chmod(filepath.Dir(bin), 0o755))
 	require.NoError(t, os.Chmod(filepath.Dir(filepath.Dir(bin)), 0o755))
-	cmd := exec.Command(bin, "run", "backlog", "--variant", "incident", "-q")
+	cmd := exec.Command(bin, "run", "backlog")
 	cmd.Env = append(os.Environ(), asConnlab+"=1")
 	cmd.Dir = "/"
 	if os.Geteuid() == 0 {
@@ -249,6 +252,7 @@ func TestRunWithoutPrivilege(t *testing.T) {
 	assert.Equal(t, exitSkipped, exit.ExitCode(), "%s", out)
 	assert.Contains(t, string(out), "needs CAP_NET_ADMIN + CAP_SYS_ADMIN")
 	assert.Contains(t, string(out), "run it as root or with sudo")
+	assert.Equal(t, 1, strings.Count(string(out), "\n"), "one line: %s", out)
 }
 
 func TestRunWithoutRedis(t *testing.T) {
@@ -265,7 +269,8 @@ func TestRunWithoutRedis(t *testing.T) {
 func TestRunInterrupted(t *testing.T) {
 	needLab(t)
 	cmd := exec.Command(os.Args[0], append([]string{"run", "backlog", "--variant", "incident"}, small...)...)
-	cmd.Env = append(os.Environ(), asConnlab+"=1")
+	token := fmt.Sprintf("CONNLAB_TEST_INTERRUPTED=%d", time.Now().UnixNano())
+	cmd.Env = append(os.Environ(), asConnlab+"=1", token)
 	var stdout bytes.Buffer
 	cmd.Stdout = &stdout
 	progress, err := cmd.StderrPipe()
@@ -290,8 +295,12 @@ func TestRunInterrupted(t *testing.T) {
 	require.ErrorAs(t, err, &exit)
 	assert.Equal(t, exitVoid, exit.ExitCode(), stdout.String())
 	assert.Contains(t, stdout.String(), "interrupted")
-	children, err := os.ReadFile("/proc/self/task/" + strconv.Itoa(os.Getpid()) + "/children")
-	if err == nil {
-		assert.Empty(t, strings.TrimSpace(string(children)))
+	environs, err := filepath.Glob("/proc/[0-9]*/environ")
+	require.NoError(t, err)
+	for _, path := range environs {
+		env, err := os.ReadFile(path)
+		if err == nil {
+			assert.NotContains(t, strings.Split(string(env), "\x00"), token, "%s is left", filepath.Dir(path))
+		}
 	}
 }

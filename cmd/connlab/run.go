@@ -98,10 +98,20 @@ func (s *statusLine) show(line string) {
 	switch {
 	case s.quiet:
 	case s.terminal:
-		fmt.Fprintf(s.w, "\r\x1b[K%.110s", line)
+		fmt.Fprintf(s.w, "\r\x1b[K%.*s", s.columns()-1, line)
 	default:
 		fmt.Fprintln(s.w, line)
 	}
+}
+
+// columns is the terminal's width: a longer line would wrap and stay.
+func (s *statusLine) columns() int {
+	if f, ok := s.w.(*os.File); ok {
+		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil && size.Col > 1 {
+			return int(size.Col)
+		}
+	}
+	return 80
 }
 
 func (s *statusLine) clear() {
