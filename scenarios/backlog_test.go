@@ -3,12 +3,9 @@ package scenarios
 import (
 	"bytes"
 	"errors"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -174,11 +171,10 @@ func TestPrepare(t *testing.T) {
 	})
 }
 
-// run runs a scenario as `connlab run` does, saves the record in the module and
-// reads it back: a test that has read a file less than two seconds old is never
-// answered from go test's cache, and the kernel's state is no input it knows.
+// run runs a scenario as `connlab run` does, saves the record and reads it back.
 func run(t *testing.T, opt Options) *results.Record {
 	t.Helper()
+	require.NoError(t, stamp())
 	opt.Progress = func(line string) { t.Log(line) }
 	rec, err := Run(t.Context(), &Backlog, opt)
 	if need, is := errors.AsType[*netlab.NeedError](err); is {
@@ -186,8 +182,6 @@ func run(t *testing.T, opt Options) *results.Record {
 	}
 	require.NoError(t, err)
 
-	runs := filepath.Join("..", "results", "runs")
-	require.NoError(t, makeLike(filepath.Dir(runs), runs))
 	path, err := results.Save(runs, rec)
 	require.NoError(t, err)
 	rec, err = results.Load(path)
@@ -196,23 +190,6 @@ func run(t *testing.T, opt Options) *results.Record {
 	require.NoError(t, results.WriteTable(&table, rec, results.TableOptions{Charts: true}))
 	show(t, table.String())
 	return rec
-}
-
-// makeLike makes a directory that belongs to the owner of another one: a test
-// under sudo leaves nothing that its user cannot remove.
-func makeLike(like, dir string) error {
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return nil
-		}
-		return err
-	}
-	info, err := os.Stat(like)
-	if err != nil {
-		return err
-	}
-	owner := info.Sys().(*syscall.Stat_t)
-	return os.Chown(dir, int(owner.Uid), int(owner.Gid))
 }
 
 // skip ends a test that cannot run here; under CONNLAB_STRICT that is a failure.

@@ -53,6 +53,7 @@ func TestKilledRunLeavesNothing(t *testing.T) {
 	if err := netlab.CheckPrivilege(); err != nil {
 		skip(t, err.Error())
 	}
+	require.NoError(t, stamp())
 	const kills = 20
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
