@@ -6,15 +6,17 @@ import (
 	"fmt"
 	"maps"
 	"sync"
+	"sync/atomic"
 )
 
 // Held is a set of open connections without traffic. It serves one run at a
 // time; Len and Lost may be called at any time, from anywhere.
 type Held struct {
-	mu     sync.Mutex // held by a run, a look at the connections, or Close
-	s      *sockets
-	style  CloseStyle
-	closed bool
+	running atomic.Bool
+	mu      sync.Mutex // held by a run, a look at the connections, or Close
+	s       *sockets
+	style   CloseStyle
+	closed  bool
 }
 
 // Hold is [Run], except that it keeps the connection of each operation that
@@ -46,9 +48,11 @@ func Hold(ctx context.Context, cfg Config) (*Held, *Report, error) {
 
 // run is Run over the held connections.
 func (h *Held) run(ctx context.Context, cfg Config) (*Report, error) {
-	if !h.mu.TryLock() {
+	if !h.running.CompareAndSwap(false, true) {
 		return nil, errors.New("load: the held connections are in use by another run")
 	}
+	defer h.running.Store(false)
+	h.mu.Lock() // Len or Lost may be looking, but only for a moment
 	defer h.mu.Unlock()
 	if h.closed {
 		return nil, errors.New("load: the held connections are closed")

@@ -47,6 +47,30 @@ func TestOperationsOverHeldConnections(t *testing.T) {
 	assert.Empty(t, held.Lost())
 }
 
+// A look at the connections must not keep a run from beginning.
+func TestLenBesideARun(t *testing.T) {
+	held := hold(t, 3, Config{Target: epollServer(t)})
+	done := make(chan struct{})
+	var looking sync.WaitGroup
+	looking.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				held.Len()
+			}
+		}
+	})
+	for range 50 {
+		report, err := Run(t.Context(), Config{Held: held, Schedule: Burst(1, 0)})
+		require.NoError(t, err)
+		assert.EqualValues(t, 1, report.OK)
+	}
+	close(done)
+	looking.Wait()
+}
+
 func TestLostConnectionsAreNoticed(t *testing.T) {
 	const n = 30
 	var mu sync.Mutex

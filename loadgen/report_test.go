@@ -139,9 +139,11 @@ func TestBehind(t *testing.T) {
 		r.Lateness.Record(10 * time.Microsecond)
 	}
 	for range 9 {
-		r.Lateness.Record(time.Second)
+		r.Lateness.Record(5 * ms)
 	}
 	require.NoError(t, r.Behind(ms), "under 1 % may be late")
+	r.Lateness.Record(11 * ms)
+	require.ErrorContains(t, r.Behind(ms), "paused", "but not by as much")
 	for range 11 {
 		r.Lateness.Record(time.Second)
 	}

@@ -23,7 +23,7 @@ type Comparison struct {
 
 // A Side identifies one of the two records.
 type Side struct {
-	Heading string  `json:"heading"` // incident, kernel, server, link, time in one line
+	Heading string  `json:"heading"` // incident, kernel, server, time in one line
 	Verdict Verdict `json:"verdict"`
 }
 
@@ -66,7 +66,7 @@ func Compare(a, b *Record) Comparison {
 	if a.Incident != b.Incident {
 		c.warn("incident: %s in a, %s in b: not the same experiment", a.Incident, b.Incident)
 	}
-	c.compareParameters("", a.Parameters, b.Parameters)
+	c.compareParameters("parameter ", a.Parameters, b.Parameters)
 
 	for i := range a.Variants {
 		va := &a.Variants[i]
@@ -105,11 +105,11 @@ func (c *Comparison) compareParameters(where string, a, b map[string]string) {
 		inB, okB := b[name]
 		switch {
 		case !okA:
-			c.warn("%sparameter %s: %s in b only: not the same experiment", where, name, inB)
+			c.warn("%s%s: %s in b only: not the same experiment", where, name, inB)
 		case !okB:
-			c.warn("%sparameter %s: %s in a only: not the same experiment", where, name, inA)
+			c.warn("%s%s: %s in a only: not the same experiment", where, name, inA)
 		case inA != inB:
-			c.warn("%sparameter %s: %s in a, %s in b: not the same experiment", where, name, inA, inB)
+			c.warn("%s%s: %s in a, %s in b: not the same experiment", where, name, inA, inB)
 		}
 	}
 }
@@ -118,7 +118,13 @@ func (c *Comparison) compareVariants(a, b *Variant) {
 	if a.Role != b.Role {
 		c.warn("%s: role %s in a, %s in b", a.Name, a.Role, b.Role)
 	}
-	c.compareParameters(a.Name+": ", a.Parameters, b.Parameters)
+	c.compareParameters(a.Name+": parameter ", a.Parameters, b.Parameters)
+	if len(a.Sysctls) > 0 && len(b.Sysctls) > 0 { // a skipped variant has none
+		c.compareParameters(a.Name+": sysctl ", a.Sysctls, b.Sysctls)
+	}
+	if a.Link != b.Link && a.Link != "" && b.Link != "" {
+		c.warn("%s: link %s in a, %s in b: not the same experiment", a.Name, a.Link, b.Link)
+	}
 	c.noteRegression(a.Name, a.Verdict, b.Verdict)
 
 	v := VariantComparison{Name: a.Name, Role: a.Role, VerdictA: a.Verdict, VerdictB: b.Verdict, Metrics: []MetricComparison{}}

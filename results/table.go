@@ -43,6 +43,9 @@ func WriteTable(w io.Writer, rec *Record, opts TableOptions) error {
 		r.text("  ", v.Summary)
 		r.text("  ", parameterText("with ", v.Parameters))
 		r.text("  ", parameterText("sysctls: ", v.Sysctls))
+		if v.Link != "" {
+			r.text("  ", "link of the server: "+v.Link)
+		}
 		if v.Verdict != Held {
 			r.text("  ", v.Reason)
 		}

@@ -105,6 +105,10 @@ type Options struct {
 	// nil discards it.
 	Log io.Writer
 
+	// Timeline, if set, is given the timeline of each arm, as CSV: seconds, host,
+	// metric, value. It is called when the arm's load is over.
+	Timeline func(variant string, write func(io.Writer) error) error
+
 	server program // found once, before anything is started
 }
 

@@ -216,7 +216,7 @@ var small = []string{"--set", "hosts=10", "--set", "held=50", "--set", "rate=500
 func TestRun(t *testing.T) {
 	needLab(t)
 	dir := t.TempDir()
-	o := run(append([]string{"run", "backlog", "--variant", "incident", "--json", "--save", dir}, small...)...)
+	o := run(append([]string{"run", "backlog", "--variant", "incident", "--json", "--save", dir, "--timeline", dir}, small...)...)
 	require.Equal(t, exitOK, o.code, o.stdout+o.stderr)
 	rec, err := results.Read(strings.NewReader(o.stdout))
 	require.NoError(t, err, "one JSON document on standard output")
@@ -225,6 +225,9 @@ func TestRun(t *testing.T) {
 	saved, err := filepath.Glob(filepath.Join(dir, "backlog-*.json"))
 	require.NoError(t, err)
 	require.Len(t, saved, 1)
+	timeline, err := os.ReadFile(filepath.Join(dir, "backlog-incident.csv"))
+	require.NoError(t, err)
+	assert.Contains(t, string(timeline), "server,Listen.Depth,65", "the queue of 64+1 places was full")
 
 	o = run(append([]string{"run", "backlog", "--variant", "incident", "-q", "--set", "stall=0s"}, small[:8]...)...)
 	assert.Equal(t, exitRefuted, o.code, "no stall, no incident: %s", o.stdout)

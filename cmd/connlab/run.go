@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -16,7 +17,7 @@ import (
 func newRun() *cobra.Command {
 	var opt scenarios.Options
 	var asJSON, quiet, verbose bool
-	var save string
+	var save, timelines string
 	cmd := &cobra.Command{
 		Use:   "run INCIDENT",
 		Short: "Reproduce an incident, and judge predicted against measured",
@@ -41,6 +42,11 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 			opt.Progress = line.show
 			if verbose {
 				opt.Log = cmd.ErrOrStderr()
+			}
+			if timelines != "" {
+				opt.Timeline = func(variant string, write func(io.Writer) error) error {
+					return writeFile(filepath.Join(timelines, s.Name+"-"+variant+".csv"), write)
+				}
 			}
 			rec, err := scenarios.Run(cmd.Context(), s, opt)
 			line.clear()
@@ -73,9 +79,18 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 	f.StringVar(&opt.Server, "server", scenarios.ServerMini, "the server under test: `mini` or redis")
 	f.BoolVar(&asJSON, "json", false, "write the record as one JSON document to standard output")
 	f.StringVar(&save, "save", "", "also save the record in this `directory`")
+	f.StringVar(&timelines, "timeline", "", "also write each variant's timeline into this `directory`, as CSV: seconds, host, metric, value")
 	f.BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
 	f.BoolVarP(&verbose, "verbose", "v", false, "show the output of the programs under test")
 	return cmd
+}
+
+func writeFile(path string, write func(io.Writer) error) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(write(f), f.Close())
 }
 
 // orNil makes "exit 0" no error at all.

@@ -58,8 +58,9 @@ func (p *listenerProbe) close() error { return p.diag.close() }
 // experiment. The two states that hold nearly all sockets are therefore not
 // dumped but taken from what the kernel counts anyway:
 //
-//   - Tcp.CurrEstab is ESTABLISHED and CLOSE_WAIT together (net/ipv4/tcp.c
-//     tcp_set_state); CLOSE_WAIT is dumped.
+//   - Tcp.CurrEstab is ESTABLISHED and CLOSE_WAIT together since Linux 6.10
+//     (net/ipv4/tcp.c tcp_set_state; RFC 1213); CLOSE_WAIT is dumped. Kernels
+//     before count ESTABLISHED alone, so there the figure is too low by as many.
 //   - sockstat's tw is every time-wait slot: TIME_WAIT and those of FIN_WAIT2
 //     that have given up their socket (net/ipv4/inet_timewait_sock.c), which
 //     the dump shows with the TIME_WAIT timer.
@@ -121,7 +122,7 @@ func (p *stateProbe) read(values []int64) ([]int64, error) {
 			n[TimeWait]--
 		}
 	}
-	n[Established] = p.values[p.currEstab] - n[CloseWait]
+	n[Established] = max(0, p.values[p.currEstab]-n[CloseWait])
 	return append(values[:0], n[Established:]...), nil
 }
 

@@ -1,7 +1,6 @@
 package observe
 
 import (
-	"encoding/json"
 	"strings"
 	"testing"
 	"time"
@@ -152,16 +151,4 @@ func TestTimelineCSV(t *testing.T) {
 	var b strings.Builder
 	require.NoError(t, sampleTimeline().WriteCSV(&b))
 	assert.Empty(t, cmp.Diff(wantCSV, b.String()))
-}
-
-func TestTimelineJSON(t *testing.T) {
-	b, err := json.Marshal(sampleTimeline())
-	require.NoError(t, err)
-	var doc jsonTimeline
-	require.NoError(t, json.Unmarshal(b, &doc))
-	assert.Equal(t, "2026-01-02T03:04:05Z", doc.Start.Format(time.RFC3339))
-	assert.Equal(t, jsonMark{0.05, "stall begins"}, doc.Marks[0])
-	assert.Equal(t, jsonSampling{What: "listeners", Interval: 0.01, Rounds: 4, Missed: 1, LongestGap: 0.02, Busy: 0.001}, doc.Samplings[1])
-	require.Len(t, doc.Series, 6)
-	assert.Empty(t, cmp.Diff(jsonSeries{"server", "Listen.Depth", []float64{0, 0.01, 0.03}, []int64{0, 5, 2}}, doc.Series[5]))
 }
