@@ -46,8 +46,8 @@ fuzz: ## Fuzz each parser for FUZZTIME (1m)
 
 .PHONY: bench
 bench: setup ## Ratios: server beside redis-server, lab beside mininet; root or sudo
-	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m -v ./server ./netlab
-	$(GO) test -run '^$$' -bench . -timeout 30m ./server/resp ./netlab/wire ./netlab/observe ./loadgen
+	$(GO) test -run '^$$' -bench 'BesideRedis|VersusMininet' -benchtime 1x -timeout 30m -p 1 -v ./server ./netlab
+	$(GO) test -run '^$$' -bench . -skip 'BesideRedis|VersusMininet' -timeout 30m -p 1 ./...
 
 .PHONY: lint
 lint: ## golangci-lint, pinned

@@ -35,7 +35,7 @@ type client struct {
 	libVersion    string
 
 	created  time.Duration // of the clock
-	lastSeen time.Duration // of the clock: last request bytes
+	lastSeen time.Duration // of the clock: last bytes read from it or written to it
 	lastCmd  *command
 
 	pending         bool // is in Server.pending
@@ -46,6 +46,9 @@ type client struct {
 
 // keepBuffer is the capacity up to which a client's buffers stay allocated when they are empty.
 const keepBuffer = 4 << 10
+
+// keepArgs is the number of arguments up to which a client's parser keeps the room for them.
+const keepArgs = 1024
 
 func (s *Server) newClient(fd int) *client {
 	c := &client{id: s.nextID, fd: fd, index: len(s.clients), created: s.clock.now, lastSeen: s.clock.now}
@@ -100,7 +103,9 @@ func (c *client) compact() {
 }
 
 // memory returns the bytes of the client's buffers.
-func (c *client) memory() int64 { return int64(cap(c.in) + cap(c.out) + clientSize) }
+func (c *client) memory() int64 {
+	return int64(cap(c.in) + cap(c.out) + c.parser.Memory() + len(c.name) + len(c.libName) + len(c.libVersion) + clientSize)
+}
 
 // clientSize is about what a client takes without its buffers.
 const clientSize = 512
@@ -113,6 +118,7 @@ func (c *client) shrink() {
 	if len(c.out) == 0 {
 		c.out = nil
 	}
+	c.parser.Release()
 }
 
 // localAddr returns the address that the client connected to.

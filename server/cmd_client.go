@@ -17,8 +17,8 @@ func clientGetName(_ *Server, c *client, _ [][]byte) {
 }
 
 func clientSetName(s *Server, c *client, args [][]byte) {
-	if !validName(args[2]) {
-		s.error(c, errBadName)
+	if msg := nameError("Client names", args[2]); msg != "" {
+		s.error(c, msg)
 		return
 	}
 	c.name = string(args[2])
@@ -31,11 +31,11 @@ func clientSetInfo(s *Server, c *client, args [][]byte) {
 	case isWord(args[2], "lib-ver"):
 		field = &c.libVersion
 	case !isWord(args[2], "lib-name"):
-		s.error(c, "ERR Unrecognized option '"+string(args[2])+"'")
+		s.error(c, "ERR Unrecognized option '"+excerpt(args[2])+"'")
 		return
 	}
-	if !validName(args[3]) {
-		s.error(c, "ERR "+strings.ToLower(string(args[2]))+" cannot contain spaces, newlines or special characters.")
+	if msg := nameError(strings.ToLower(string(args[2])), args[3]); msg != "" {
+		s.error(c, msg)
 		return
 	}
 	*field = string(args[3])
@@ -70,7 +70,7 @@ func clientList(s *Server, c *client, args [][]byte) {
 	case len(args) == 4 && isWord(args[2], "type"):
 		normal, ok := clientType(args[3])
 		if !ok {
-			s.error(c, "ERR Unknown client type '"+string(args[3])+"'")
+			s.error(c, "ERR Unknown client type '"+excerpt(args[3])+"'")
 			return
 		}
 		wanted = func(*client) bool { return normal }
@@ -95,6 +95,9 @@ func clientList(s *Server, c *client, args [][]byte) {
 			s.describe(&b, o)
 			b.WriteByte('\n')
 		}
+		if s.overOutputLimit(c, b.Len()) {
+			break // execute closes the client
+		}
 	}
 	c.document(b.String())
 }
@@ -110,17 +113,18 @@ func clientType(name []byte) (normal, ok bool) {
 	return false, false
 }
 
-// killFilter is the conditions of CLIENT KILL. Zero values are conditions not given.
+// killFilter is the conditions of CLIENT KILL. Zero values are conditions not given; an empty address is one that no
+// client has.
 type killFilter struct {
 	id          int64
-	addr, laddr string
+	addr, laddr *string
 	otherType   bool // a type that no client here has
 	keepMe      bool
 }
 
 func clientKill(s *Server, c *client, args [][]byte) {
 	if len(args) == 3 {
-		if s.kill(c, killFilter{addr: string(args[2])}) == 0 {
+		if s.kill(c, killFilter{addr: new(string(args[2]))}) == 0 {
 			s.error(c, "ERR No such client")
 			return
 		}
@@ -151,18 +155,18 @@ func parseKillFilter(args [][]byte) (f killFilter, msg string) {
 			}
 			f.id = id
 		case "addr":
-			f.addr = string(value)
+			f.addr = new(string(value))
 		case "laddr":
-			f.laddr = string(value)
+			f.laddr = new(string(value))
 		case "type":
 			normal, ok := clientType(value)
 			if !ok {
-				return f, "ERR Unknown client type '" + string(value) + "'"
+				return f, "ERR Unknown client type '" + excerpt(value) + "'"
 			}
 			f.otherType = !normal
 		case "user":
 			if string(value) != "default" {
-				return f, "ERR No such user '" + string(value) + "'"
+				return f, "ERR No such user '" + excerpt(value) + "'"
 			}
 		case "skipme":
 			switch {
@@ -186,8 +190,8 @@ func (s *Server) kill(c *client, f killFilter) (n int64) {
 	for _, o := range s.clients {
 		if o.doomed || f.otherType ||
 			f.id != 0 && o.id != f.id ||
-			f.addr != "" && o.addr.String() != f.addr ||
-			f.laddr != "" && s.localAddr(o).String() != f.laddr ||
+			f.addr != nil && o.addr.String() != *f.addr ||
+			f.laddr != nil && s.localAddr(o).String() != *f.laddr ||
 			f.keepMe && o == c {
 			continue
 		}

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 )
@@ -29,8 +30,9 @@ func configGet(s *Server, c *client, args [][]byte) {
 			add(name, st) // Redis answers with the name as it was asked for
 			continue
 		}
+		pattern := strings.ToLower(name)
 		for i := range settings {
-			if glob(strings.ToLower(name), settings[i].name) {
+			if glob(pattern, settings[i].name) {
 				add(settings[i].name, &settings[i])
 			}
 		}
@@ -56,10 +58,11 @@ func configSet(s *Server, c *client, args [][]byte) {
 	for i := 2; i < len(args); i += 2 {
 		name, value := string(args[i]), string(args[i+1])
 		st := findSetting(name)
-		failed := "ERR CONFIG SET failed (possibly related to argument '" + name + "') - "
+		shown := excerpt(args[i])
+		failed := "ERR CONFIG SET failed (possibly related to argument '" + shown + "') - "
 		switch {
 		case st == nil:
-			s.error(c, "ERR Unknown option or number of arguments for CONFIG SET - '"+name+"'")
+			s.error(c, "ERR Unknown option or number of arguments for CONFIG SET - '"+shown+"'")
 			return
 		case seen[st]:
 			s.error(c, failed+"duplicate parameter")
@@ -74,6 +77,12 @@ func configSet(s *Server, c *client, args [][]byte) {
 		}
 		if err := st.set(&changed, value); err != nil {
 			s.error(c, failed+err.Error())
+			return
+		}
+	}
+	if changed.MaxClients != s.cfg.MaxClients {
+		if most, err := clientsAllowed(); err == nil && changed.MaxClients > most {
+			s.error(c, fmt.Sprintf("ERR CONFIG SET failed (possibly related to argument 'maxclients') - The operating system is not able to handle the specified number of clients, try with %d", most))
 			return
 		}
 	}

@@ -1,10 +1,11 @@
 package server
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"crypto/subtle"
+	"fmt"
 	"strconv"
-	"strings"
 
 	"connlab/server/resp"
 )
@@ -115,13 +116,13 @@ func hello(s *Server, c *client, args [][]byte) {
 			i += 2
 		case isWord(args[i], "setname") && more >= 1:
 			name, named = args[i+1], true
-			if !validName(name) {
-				s.error(c, errBadName)
+			if msg := nameError("Client names", name); msg != "" {
+				s.error(c, msg)
 				return
 			}
 			i++
 		default:
-			s.error(c, "ERR Syntax error in HELLO option '"+string(args[i])+"'")
+			s.error(c, "ERR Syntax error in HELLO option '"+excerpt(args[i])+"'")
 			return
 		}
 	}
@@ -151,11 +152,19 @@ func hello(s *Server, c *client, args [][]byte) {
 	c.array(0)
 }
 
-const errBadName = "ERR Client names cannot contain spaces, newlines or special characters."
+// maxName bounds what a client calls itself and its library. Redis has no bound but proto-max-bulk-len, so that each
+// client could lengthen CLIENT LIST by half a gigabyte.
+const maxName = 64 << 10
 
-// validName reports whether a name can stand in a line of CLIENT LIST.
-func validName(name []byte) bool {
-	return !strings.ContainsFunc(string(name), func(r rune) bool { return r < '!' || r > '~' })
+// nameError says why a name cannot stand in a line of CLIENT LIST, or nothing if it can.
+func nameError(what string, name []byte) string {
+	if len(name) > maxName {
+		return fmt.Sprintf("ERR %s cannot be longer than %d bytes.", what, maxName)
+	}
+	if bytes.ContainsFunc(name, func(r rune) bool { return r < '!' || r > '~' }) {
+		return "ERR " + what + " cannot contain spaces, newlines or special characters."
+	}
+	return ""
 }
 
 func debugSleep(s *Server, c *client, args [][]byte) {

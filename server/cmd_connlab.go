@@ -44,7 +44,7 @@ func connlabDelay(s *Server, c *client, args [][]byte) {
 	}
 	cmd := s.named(args[2])
 	if cmd == nil {
-		s.error(c, "ERR unknown command '"+string(args[2])+"'")
+		s.error(c, "ERR unknown command '"+excerpt(args[2])+"'")
 		return
 	}
 	cmd.delay = d

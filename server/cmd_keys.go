@@ -41,7 +41,7 @@ func expire(s *Server, c *client, args [][]byte) {
 		case "LT":
 			lt = true
 		default:
-			s.error(c, "ERR Unsupported option "+string(a))
+			s.error(c, "ERR Unsupported option "+excerpt(a))
 			return
 		}
 	}
@@ -76,7 +76,7 @@ func expire(s *Server, c *client, args [][]byte) {
 	case at <= now:
 		s.keys.remove(c.db, string(args[1]))
 	default:
-		s.keys.expireAt(c.db, args[1], e, at)
+		s.keys.expireAt(c.db, e, at)
 	}
 	c.int(1)
 }

@@ -61,7 +61,7 @@ func mset(s *Server, c *client, args [][]byte) {
 	}
 	for i := 1; i < len(args); i += 2 {
 		e := s.keys.set(c.db, args[i], args[i+1])
-		s.keys.expireAt(c.db, args[i], e, 0)
+		s.keys.expireAt(c.db, e, 0)
 	}
 	c.ok()
 }
@@ -113,7 +113,7 @@ func set(s *Server, c *client, args [][]byte) {
 	}
 	e = s.keys.set(c.db, args[1], args[2])
 	if !opt.keepTTL {
-		s.keys.expireAt(c.db, args[1], e, opt.expireAt)
+		s.keys.expireAt(c.db, e, opt.expireAt)
 	}
 	if !opt.get {
 		c.ok()

@@ -256,7 +256,7 @@ func TestGlob(t *testing.T) {
 	assert.False(t, glob(strings.Repeat("a*", 1000)+"b", strings.Repeat("a", 10_000)), "and that without taking for ever")
 }
 
-// No request allocates in the steady state.
+// The requests that the package comment names allocate nothing in the steady state.
 func TestNoAllocationPerCommand(t *testing.T) {
 	s, c := offline(t)
 	for _, req := range [][]string{{"PING"}, {"SET", "key", "xxx"}, {"GET", "key"}, {"INCR", "n"}, {"MGET", "key", "n"}} {

@@ -89,7 +89,7 @@ func (s *Server) execute(c *client, args [][]byte) {
 	if cmd.byName != nil && len(args) > 1 {
 		sub := find(cmd.byName, args[1])
 		if sub == nil {
-			s.error(c, fmt.Sprintf("ERR unknown subcommand '%.128s'. Try %s HELP.", args[1], strings.ToUpper(cmd.name)))
+			s.error(c, fmt.Sprintf("ERR unknown subcommand '%s'. Try %s HELP.", excerpt(args[1]), strings.ToUpper(cmd.name)))
 			return
 		}
 		cmd = sub
@@ -130,16 +130,21 @@ func (s *Server) serviceTime(cmd *command) time.Duration {
 
 // unknownCommand quotes the beginning of the request, as Redis does.
 func unknownCommand(args [][]byte) string {
-	const most = 128
 	var b strings.Builder
 	for _, a := range args[1:] {
-		if b.Len() >= most {
+		if b.Len() >= maxExcerpt {
 			break
 		}
-		fmt.Fprintf(&b, "'%s' ", cString(a, most-b.Len()))
+		fmt.Fprintf(&b, "'%s' ", cString(a, maxExcerpt-b.Len()))
 	}
-	return fmt.Sprintf("ERR unknown command '%s', with args beginning with: %s", cString(args[0], most), b.String())
+	return fmt.Sprintf("ERR unknown command '%s', with args beginning with: %s", excerpt(args[0]), b.String())
 }
+
+// maxExcerpt is how many bytes of a request an error reply repeats.
+const maxExcerpt = 128
+
+// excerpt is what an error reply repeats of an argument.
+func excerpt(arg []byte) string { return string(cString(arg, maxExcerpt)) }
 
 // cString cuts at the first NUL and at n bytes, as printf's %.*s does.
 func cString(b []byte, n int) []byte {

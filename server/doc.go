@@ -11,10 +11,16 @@
 //   - A stall can be injected into the cron (CONNLAB STALL, stall-every), outside any command, so that SLOWLOG does
 //     not see it; a slow command (CONNLAB DELAY, DEBUG SLEEP) it does see. Accepting can be paused alone (CONNLAB ACCEPT).
 //
-// The loop is level-triggered and never blocks but in epoll_pwait. Replies are kept until all events of a cycle are
-// served and written before the next wait, as Redis does in beforeSleep. No command allocates in the steady
-// state, and no client can exhaust the server: requests, query buffers, output buffers and their number have limits
-// with Redis's names, and memory is taken for bytes that came, not for bytes that were announced.
+// The loop is level-triggered. It waits in epoll_pwait and nowhere else, unless it is told to stand still: in a stall, in
+// a delayed command, in DEBUG SLEEP. Replies are kept until all events of a cycle are served and written before the next
+// wait, as Redis does in beforeSleep. PING, GET, MGET, and SET without options and INCR of a key that exists allocate
+// nothing once the buffers of the client have grown to its requests; other commands may.
+//
+// Limits are per client and have Redis's names where it has them: bytes and arguments of one request, bytes of an
+// unfinished request (1 GiB unless set otherwise), bytes of replies not taken (256 MiB). Memory is taken for bytes that
+// came, not for bytes that were announced, and given back after the request. There is no limit on the total unless it is
+// set: maxmemory is off by default, as in Redis, so that keys may fill the memory, and maxclients clients (10000) at their
+// limits may ask for 10000 times the sum of these. Even maxmemory only refuses commands that write.
 //
 // The package refuses to persist, replicate, evict or script: values are strings, in memory, gone with the process.
 // It speaks IPv4 TCP without TLS. It knows nothing of network namespaces: it runs in a process that already stands in

@@ -5,12 +5,12 @@ import "bytes"
 const databases = 16
 
 // entrySize is about what a key takes besides its bytes: the entry, its value's slice and its places in the maps.
-const entrySize = 96
+const entrySize = 112
 
 // keyspace holds all keys.
 type keyspace struct {
 	dbs   [databases]db
-	bytes int64 // keys, values and entrySize for each
+	bytes int64 // keys once, since both maps share them, values and entrySize for each
 }
 
 type db struct {
@@ -19,6 +19,7 @@ type db struct {
 }
 
 type entry struct {
+	key      string // that of both maps, which share its bytes
 	value    []byte
 	expireAt int64 // Unix milliseconds, 0 for never
 }
@@ -45,8 +46,8 @@ func (k *keyspace) set(dbID int, key, value []byte) *entry {
 	d := &k.dbs[dbID]
 	e := d.keys[string(key)]
 	if e == nil {
-		e = &entry{}
-		d.keys[string(key)] = e
+		e = &entry{key: string(key)}
+		d.keys[e.key] = e
 		k.bytes += int64(len(key) + entrySize)
 	}
 	k.bytes -= int64(cap(e.value))
@@ -60,13 +61,13 @@ func (k *keyspace) set(dbID int, key, value []byte) *entry {
 }
 
 // expireAt sets or, with 0, takes away the time at which a key expires.
-func (k *keyspace) expireAt(dbID int, key []byte, e *entry, at int64) {
+func (k *keyspace) expireAt(dbID int, e *entry, at int64) {
 	d := &k.dbs[dbID]
 	switch {
 	case at != 0:
-		d.expires[string(key)] = e
+		d.expires[e.key] = e
 	case e.expireAt != 0:
-		delete(d.expires, string(key))
+		delete(d.expires, e.key)
 	}
 	e.expireAt = at
 }

@@ -27,7 +27,7 @@ func (s *Server) loop() error {
 		s.clock.tick()
 		before := s.stats.commands
 		for i := range events {
-			if err := s.serve(&events[i]); err != nil {
+			if err := s.serveTimed(&events[i]); err != nil {
 				return err
 			}
 		}
@@ -52,6 +52,17 @@ func (s *Server) untilTimer() time.Duration {
 		next = min(next, s.accept.resumeAt)
 	}
 	return next - s.clock.now
+}
+
+// serveTimed serves one event and sees to it that the time of what is no command, as of accepting connections, is not
+// counted to the next command: a command starts when the clock was last read.
+func (s *Server) serveTimed(ev *unix.EpollEvent) error {
+	before := s.stats.commands
+	err := s.serve(ev)
+	if s.stats.commands == before || ev.Events&unix.EPOLLOUT != 0 {
+		s.clock.tick()
+	}
+	return err
 }
 
 // serve handles one event. Only trouble with the listener is an error.
@@ -102,6 +113,9 @@ type acceptState struct {
 
 // acceptReady accepts up to AcceptsPerCycle connections.
 func (s *Server) acceptReady() error {
+	if s.accept.paused {
+		return nil // by a command served after the wait that reported the listener
+	}
 	for range s.cfg.AcceptsPerCycle {
 		fd, peer, errno := sysAccept(s.listenFD)
 		switch errno {
@@ -199,8 +213,10 @@ func (s *Server) feed(c *client, data []byte) {
 	switch {
 	case n == len(c.in) && cap(c.in) > keepBuffer:
 		c.in = nil
+		c.parser.Release() // the last arguments point into it
 	case n > 0 && cap(c.in) > keepBuffer:
 		c.in = slices.Clone(c.in[n:])
+		c.parser.Release()
 	case n > 0:
 		c.in = c.in[:copy(c.in, c.in[n:])]
 	}
@@ -229,6 +245,9 @@ func (s *Server) process(c *client, buf []byte) (consumed int) {
 		consumed += n
 		if len(args) > 0 {
 			s.execute(c, args)
+		}
+		if len(args) > keepArgs {
+			c.parser.Release()
 		}
 	}
 	return len(buf)
@@ -259,6 +278,9 @@ func (s *Server) flush(c *client) {
 		s.stats.writes++
 		s.stats.netOut += int64(n)
 		c.written += n
+		if n > 0 {
+			c.lastSeen = s.clock.now
+		}
 		if n == 0 || c.written < len(c.out) {
 			break // the socket's buffer is full
 		}

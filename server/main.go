@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -74,6 +75,15 @@ func tuneRuntime() {
 	if err := unix.Sysinfo(&si); err == nil {
 		debug.SetMemoryLimit(int64(si.Totalram) * int64(si.Unit) / 2)
 	}
+}
+
+// clientsAllowed returns how many clients the soft limit of open files leaves room for; less than 1 is none.
+func clientsAllowed() (int, error) {
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		return 0, fmt.Errorf("reading the limit of open files: %w", err)
+	}
+	return int(min(lim.Cur, math.MaxInt32)) - reservedFiles, nil
 }
 
 // fitFileLimit raises the soft limit of open files to the hard one and, if that is still not enough, lowers the number

@@ -62,9 +62,9 @@ const (
 	closed
 )
 
-// clock is the loop's time. Reading it costs as much as parsing a request, so it is read after each wait and after each
-// command. A command thus lasts from the end of the one before, and the first from a client includes the reading of its
-// request.
+// clock is the loop's time. Reading it costs as much as parsing a request, so it is read after each wait, after each
+// command and after each event without one. A command thus lasts from the end of what came before it, and the first from a
+// client includes the reading of its request.
 type clock struct {
 	base time.Time     // start of the server
 	now  time.Duration // monotonic, since base

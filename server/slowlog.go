@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -30,7 +31,7 @@ const (
 
 // add notes a command.
 func (l *slowlog) add(c *client, args [][]byte, secret bool, unix int64, d time.Duration, maxLen int) {
-	e := slowEntry{id: l.nextID, unix: unix, duration: d, addr: c.addr.String(), name: c.name}
+	e := slowEntry{id: l.nextID, unix: unix, duration: d, addr: c.addr.String(), name: strings.Clone(c.name[:min(len(c.name), slowlogMaxString)])}
 	l.nextID++
 	for i, a := range args {
 		switch {
@@ -67,7 +68,7 @@ func slowlogReset(s *Server, c *client, _ [][]byte) {
 func slowlogGet(s *Server, c *client, args [][]byte) {
 	count := 10
 	if len(args) > 3 {
-		s.error(c, "ERR unknown subcommand or wrong number of arguments for '"+string(args[1])+"'. Try SLOWLOG HELP.")
+		s.error(c, "ERR unknown subcommand or wrong number of arguments for '"+excerpt(args[1])+"'. Try SLOWLOG HELP.")
 		return
 	}
 	if len(args) == 3 {
@@ -95,5 +96,8 @@ func slowlogGet(s *Server, c *client, args [][]byte) {
 		}
 		c.text(e.addr)
 		c.text(e.name)
+		if s.overOutputLimit(c, 0) {
+			return // execute closes the client
+		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"math"
+	"unsafe"
 )
 
 // ProtocolError is a violation of the protocol by the peer. After one, the position in the stream is lost and
@@ -36,12 +37,9 @@ func DefaultLimits() Limits {
 	return Limits{MaxBulk: 512 << 20, MaxArgs: 1 << 20, MaxInline: 64 << 10}
 }
 
-// keepArgs is the number of arguments for which a parser keeps its slices between requests. More are given
-// back to the garbage collector, or one huge request would hold memory as long as its connection lives.
-const keepArgs = 1024
-
 // Parser takes the requests of one client out of a buffer. The zero value is ready for use. It holds the place
-// that it has reached within an incomplete request, as offsets, so the caller may move the bytes meanwhile.
+// that it has reached within an incomplete request, as offsets, so the caller may move the bytes meanwhile. Between
+// requests it keeps its slices, and with them the buffer that the last arguments point into, until [Parser.Release].
 type Parser struct {
 	pos     int // next byte to look at
 	scanned int // bytes behind pos already known to hold no line end
@@ -82,7 +80,7 @@ func (p *Parser) Next(buf []byte, lim Limits) (n int, args [][]byte, err error) 
 			return p.finish(), nil, nil
 		}
 		p.left = int(count)
-		p.recycle()
+		p.spans = p.spans[:0]
 	}
 	for p.left > 0 {
 		if !p.inBulk {
@@ -187,8 +185,7 @@ func (p *Parser) inline(buf []byte, lim Limits) (n int, args [][]byte, err error
 	if end > lim.MaxInline {
 		return 0, nil, ProtocolError("too big inline request")
 	}
-	p.recycle()
-	args, ok := splitArgs(p.args, buf[:end])
+	args, ok := splitArgs(p.args[:0], buf[:end])
 	if !ok {
 		return 0, nil, ProtocolError("unbalanced quotes in request")
 	}
@@ -204,12 +201,18 @@ func (p *Parser) finish() int {
 	return n
 }
 
-// recycle empties the slices for the next request.
-func (p *Parser) recycle() {
-	if cap(p.args) > keepArgs || cap(p.spans) > keepArgs {
-		p.args, p.spans = nil, nil
+// Release gives up the last request: its arguments, which must not be used any more, the hold that they have on the
+// caller's buffer, and the memory for more of them. What is known of an incomplete request stays.
+func (p *Parser) Release() {
+	p.args = nil
+	if p.left == 0 {
+		p.spans = nil
 	}
-	p.args, p.spans = p.args[:0], p.spans[:0]
+}
+
+// Memory returns the bytes that the parser holds, without those of the buffer.
+func (p *Parser) Memory() int {
+	return cap(p.args)*int(unsafe.Sizeof(p.args[0])) + cap(p.spans)*int(unsafe.Sizeof(p.spans[0]))
 }
 
 // ParseInt reads a decimal 64-bit integer in the one form that Redis accepts for lengths and for integer values

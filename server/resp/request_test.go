@@ -226,9 +226,23 @@ func TestMemoryFollowsTheBytes(t *testing.T) {
 	_, args, err := p.Next(stream, DefaultLimits())
 	require.NoError(t, err)
 	require.Len(t, args, 100_000)
-	_, _, err = p.Next([]byte("*1\r\n$4\r\nPING\r\n"), DefaultLimits())
+	assert.GreaterOrEqual(t, p.Memory(), 100_000*(24+16), "a slice header and a span for each argument")
+	p.Release()
+	assert.Zero(t, p.Memory(), "after the request, idle")
+}
+
+// Release must not lose the place in a request of which a part has come.
+func TestReleaseWithinARequest(t *testing.T) {
+	var p Parser
+	req := AppendRequest(nil, "SET", "k", "v")
+	n, _, err := p.Next(req[:len(req)-3], DefaultLimits())
 	require.NoError(t, err)
-	assert.LessOrEqual(t, cap(p.spans)+cap(p.args), 2*keepArgs)
+	require.Zero(t, n)
+	p.Release()
+	n, args, err := p.Next(req, DefaultLimits())
+	require.NoError(t, err)
+	assert.Equal(t, len(req), n)
+	assert.Equal(t, []string{"SET", "k", "v"}, words(args))
 }
 
 func TestNoAllocationInTheSteadyState(t *testing.T) {
