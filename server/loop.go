@@ -11,8 +11,9 @@ import (
 	"connlab/server/resp"
 )
 
-// looksPerRequest bounds what looking for events before sleeping costs: about a microsecond for each request served.
-const looksPerRequest = 4
+// looksPerRequest bounds what looking for events before sleeping costs. Driven by redis-benchmark without pipelining, 16
+// served a tenth more requests than 4, at the same CPU time: a look is cheaper than going to sleep and being woken.
+const looksPerRequest = 16
 
 // loop is aeMain: write what is to be written, wait, serve what is ready, run the cron if it is due.
 func (s *Server) loop() error {
