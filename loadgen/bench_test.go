@@ -24,7 +24,7 @@ func hosts(n byte) []Source {
 func BenchmarkShortConnections(b *testing.B) {
 	for _, rate := range []float64{2000, 10_000, 20_000} {
 		b.Run(fmt.Sprintf("rate=%v", rate), func(b *testing.B) {
-			cfg := Config{Target: epollServer(b), Sources: hosts(50), Schedule: Constant(rate, time.Hour).First(b.N), Close: Reset}
+			cfg := Config{Targets: at(epollServer(b)), Sources: hosts(50), Schedule: Constant(rate, time.Hour).First(b.N), Close: Reset}
 			b.ReportAllocs()
 			b.ResetTimer()
 			report, err := Run(b.Context(), cfg)
@@ -44,7 +44,7 @@ func BenchmarkShortConnections(b *testing.B) {
 func BenchmarkHeldConnections(b *testing.B) {
 	for _, rate := range []float64{2000, 50_000} {
 		b.Run(fmt.Sprintf("rate=%v", rate), func(b *testing.B) {
-			held := hold(b, 100, Config{Target: epollServer(b), Close: Reset})
+			held := hold(b, 100, Config{Targets: at(epollServer(b)), Close: Reset})
 			cfg := Config{Held: held, Schedule: Constant(rate, time.Hour).First(b.N)}
 			b.ReportAllocs()
 			b.ResetTimer()

@@ -76,6 +76,7 @@ const (
 	writing    phase = "write"
 	reading    phase = "read"
 	idle       phase = "idle"
+	closing    phase = "close"
 )
 
 var errTimeout = errors.New("timed out")

@@ -14,8 +14,11 @@
 // starts some ten microseconds after it is due. Calls that cannot block are raw
 // system calls; only the wait is one that the Go scheduler knows about.
 //
-// The package refuses to do three things. It does not retry: a failed
-// operation is a failed operation. It does not delay: an operation that cannot
+// [Probe] is a detector built on it: in each round it asks every one of many
+// servers, with all connections open at the same time.
+//
+// A run refuses to do three things. It does not retry: a failed operation is a
+// failed operation, and each retry of a probe is one of its own. It does not delay: an operation that cannot
 // start because too many are in flight is counted as not started. It does not
 // judge: [Report.Behind] says that the generator itself was too slow, and what
 // that means for the experiment is the caller's to decide.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"runtime"
 	"strings"
 	"time"
@@ -24,15 +23,17 @@ const maxPollGap = time.Millisecond
 // engine is one run: a loop of waiting for events until the next operation is
 // due, and starting it.
 type engine struct {
-	cfg    Config
-	s      *sockets
-	keep   bool // connections outlive their operations
-	target unix.RawSockaddrInet4
-	report *Report
+	cfg     Config
+	s       *sockets
+	keep    bool // connections outlive their operations
+	targets []unix.RawSockaddrInet4
+	report  *Report
 
 	connecting list // in order of connect(2)
 	replying   list // in order of the time from which ReplyTimeout counts
 	inFlight   int
+
+	again []int // operations to start once more, by index
 
 	polled   time.Duration // when the sockets were last looked at
 	stopped  bool          // the context is done, or the wait failed
@@ -43,7 +44,9 @@ type engine struct {
 func newEngine(cfg Config, s *sockets, keep bool) *engine {
 	e := &engine{cfg: cfg, s: s, keep: keep, report: NewReport()}
 	if cfg.Held == nil {
-		e.target = socketAddress(cfg.Target)
+		for _, target := range cfg.Targets {
+			e.targets = append(e.targets, socketAddress(target))
+		}
 	}
 	return e
 }
@@ -58,7 +61,7 @@ func (e *engine) run(ctx context.Context) (*Report, error) {
 		return nil, fmt.Errorf("load: %w", err)
 	}
 	defer restore()
-	unwatch, err := e.wakeWhenDone(ctx)
+	unwatch, err := e.s.wakeWhenDone(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("load: %w", err)
 	}
@@ -81,7 +84,7 @@ func (e *engine) run(ctx context.Context) (*Report, error) {
 		e.begin(index, due)
 		index++
 	}
-	for e.inFlight > 0 && !e.stopped {
+	for (e.inFlight > 0 || len(e.again) > 0) && !e.stopped {
 		e.turn(ctx, never)
 	}
 	e.cancel(&e.connecting)
@@ -91,30 +94,6 @@ func (e *engine) run(ctx context.Context) (*Report, error) {
 		return e.report, fmt.Errorf("load: %w", e.failure)
 	}
 	return e.report, nil
-}
-
-// wakeWhenDone makes the wait end when ctx is done.
-func (e *engine) wakeWhenDone(ctx context.Context) (unwatch func(), err error) {
-	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return nil, os.NewSyscallError("eventfd", err)
-	}
-	if err := unix.EpollCtl(e.s.epoll, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: -1}); err != nil {
-		_ = unix.Close(wake)
-		return nil, os.NewSyscallError("epoll_ctl", err)
-	}
-	woken := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(woken)
-		_, _ = unix.Write(wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
-	})
-	return func() {
-		if !stop() {
-			<-woken // it must not write to a descriptor that is another's by then
-		}
-		_ = unix.EpollCtl(e.s.epoll, unix.EPOLL_CTL_DEL, wake, nil)
-		_ = unix.Close(wake)
-	}, nil
 }
 
 func (e *engine) stop(cause error) {
@@ -144,6 +123,9 @@ func (e *engine) turn(ctx context.Context, until time.Duration) {
 	if c := e.replying.first; c != nil {
 		until = min(until, c.since+e.cfg.ReplyTimeout)
 	}
+	if len(e.again) > 0 {
+		until = 0
+	}
 	looked := e.now()
 	wait := until - looked
 	if wait > 10*time.Millisecond {
@@ -169,6 +151,11 @@ func (e *engine) turn(ctx context.Context, until time.Duration) {
 	}
 	if ctx.Err() != nil {
 		e.stop(context.Cause(ctx))
+	}
+	for len(e.again) > 0 && !e.stopped {
+		index := e.again[0]
+		e.again = e.again[1:]
+		e.begin(index, e.now())
 	}
 }
 
@@ -197,6 +184,9 @@ func (e *engine) begin(index int, due time.Duration) {
 	e.report.Due++
 	e.cfg.Progress.due.Add(1)
 	op := Op{Index: index, Due: due}
+	if e.cfg.Held == nil {
+		op.Source, op.Target = index%len(e.cfg.Sources), e.cfg.Targets[index%len(e.cfg.Targets)]
+	}
 	switch {
 	case e.stopped || e.full():
 		e.leaveOut(op)
@@ -225,7 +215,6 @@ func (e *engine) started(c *conn) {
 
 // open starts an operation on a new connection.
 func (e *engine) open(op Op) {
-	op.Source = op.Index % len(e.cfg.Sources)
 	c := e.s.slot()
 	c.phase = opening
 	fd, err := e.cfg.Sources[op.Source].Socket()
@@ -239,13 +228,16 @@ func (e *engine) open(op Op) {
 	}
 	c.phase = connecting
 	c.moveTo(&e.connecting)
-	errno := connect(fd, &e.target)
+	errno := connect(fd, &e.targets[op.Index%len(e.targets)])
 	if e.cfg.OnOp != nil {
 		c.op.Local = localAddress(fd)
 	}
 	if errno != 0 && errno != unix.EINPROGRESS {
 		e.fail(c, errno)
 		return
+	}
+	if e.cfg.hooks.opened != nil {
+		e.cfg.hooks.opened(c.op)
 	}
 	// A connection that is open by now is an event already.
 	if errno := e.s.watch(c); errno != 0 {
@@ -255,7 +247,7 @@ func (e *engine) open(op Op) {
 
 // use starts an operation on a held connection.
 func (e *engine) use(c *conn, op Op) {
-	op.Source, op.Local = c.op.Source, c.op.Local
+	op.Source, op.Target, op.Local = c.op.Source, c.op.Target, c.op.Local
 	if e.cfg.OnOp != nil && !op.Local.IsValid() {
 		op.Local = localAddress(c.fd)
 	}
@@ -416,5 +408,8 @@ func (e *engine) end(c *conn, class Class, err error) {
 	}
 	if e.cfg.OnOp != nil {
 		e.cfg.OnOp(op)
+	}
+	if class != OK && e.cfg.hooks.again != nil && e.cfg.hooks.again(op) {
+		e.again = append(e.again, op.Index)
 	}
 }

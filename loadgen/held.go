@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"sync"
 	"sync/atomic"
 )
@@ -37,6 +38,7 @@ func Hold(ctx context.Context, cfg Config) (*Held, *Report, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("load: %w", err)
 	}
+	s.onLost = cfg.hooks.lost
 	held := &Held{s: s, style: cfg.Close}
 	report, err := newEngine(cfg, s, true).run(ctx)
 	if report == nil {
@@ -91,6 +93,31 @@ func (h *Held) Lost() Counts {
 	h.s.lostMu.Lock()
 	defer h.s.lostMu.Unlock()
 	return maps.Clone(h.s.lost)
+}
+
+// Shutdown closes all connections in order: it sends FIN on each, at most rate
+// a second, and waits until its peer has sent one too. When ctx is done it waits
+// no longer, and closes the rest as [Held.Close] does. It returns the number of
+// those: their peers may still have them. A rate that is not positive is an error.
+func (h *Held) Shutdown(ctx context.Context, rate float64) (left int, err error) {
+	if !(rate > 0) {
+		return 0, fmt.Errorf("load: connections cannot be closed at a rate of %v", rate)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return 0, nil
+	}
+	h.closed = true
+	defer h.s.close(h.style)
+	if err := h.s.sweep(); err != nil {
+		return h.s.count(), fmt.Errorf("load: %w", err)
+	}
+	left, err = h.s.hangUp(ctx, Constant(min(rate, maxRate), math.MaxInt64).First(h.s.count()))
+	if err != nil {
+		return left, fmt.Errorf("load: %w", err)
+	}
+	return left, nil
 }
 
 // Close closes all connections, in the style of the run that opened them. It

@@ -2,6 +2,7 @@ package loadgen
 
 import (
 	"context"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // hold opens n connections, all of which must succeed.
@@ -28,7 +30,7 @@ func hold(t testing.TB, n int, cfg Config) *Held {
 func TestOperationsOverHeldConnections(t *testing.T) {
 	const conns, n = 500, 3000
 	target := epollServer(t)
-	held := hold(t, conns, Config{Target: target, Sources: []Source{LocalSource("a", netip.MustParseAddr("127.0.0.2")), LocalSource("b", netip.MustParseAddr("127.0.0.3"))}})
+	held := hold(t, conns, Config{Targets: at(target), Sources: []Source{LocalSource("a", netip.MustParseAddr("127.0.0.2")), LocalSource("b", netip.MustParseAddr("127.0.0.3"))}})
 	used := map[netip.AddrPort]int{}
 	report := load(t, Config{Held: held, Schedule: Constant(2000, n*ms/2), OnOp: func(op Op) {
 		if op.Class == OK {
@@ -49,7 +51,7 @@ func TestOperationsOverHeldConnections(t *testing.T) {
 
 // A look at the connections must not keep a run from beginning.
 func TestLenBesideARun(t *testing.T) {
-	held := hold(t, 3, Config{Target: epollServer(t)})
+	held := hold(t, 3, Config{Targets: at(epollServer(t))})
 	done := make(chan struct{})
 	var looking sync.WaitGroup
 	looking.Go(func() {
@@ -87,7 +89,7 @@ func TestLostConnectionsAreNoticed(t *testing.T) {
 		_, _ = c.Write([]byte("+PONG\r\n"))
 		<-end
 	})
-	held := hold(t, n, Config{Target: target})
+	held := hold(t, n, Config{Targets: at(target)})
 	mu.Lock()
 	defer mu.Unlock()
 	require.Empty(t, held.Lost())
@@ -127,7 +129,7 @@ func TestLossDuringARun(t *testing.T) {
 		mu.Unlock()
 		pong(c)
 	})
-	held := hold(t, 2, Config{Target: target})
+	held := hold(t, 2, Config{Targets: at(target)})
 	mu.Lock()
 	require.NoError(t, first.CloseWrite())
 	mu.Unlock()
@@ -148,7 +150,7 @@ func TestAnErrorReplyLeavesTheConnectionInOrder(t *testing.T) {
 			reply = "-LOADING\r\n"
 		}
 	})
-	held := hold(t, 30, Config{Target: target})
+	held := hold(t, 30, Config{Targets: at(target)})
 	for range 3 {
 		report := load(t, Config{Held: held, Schedule: Burst(30, 0)})
 		assert.Equal(t, Counts{ServerError: 30}, report.Failed)
@@ -157,7 +159,7 @@ func TestAnErrorReplyLeavesTheConnectionInOrder(t *testing.T) {
 }
 
 func TestHoldKeepsOnlyWhatIsOK(t *testing.T) {
-	held, report, err := Hold(t.Context(), Config{Target: serve(t, answer("-ERR max number of clients reached\r\n")), Schedule: Burst(5, 0)})
+	held, report, err := Hold(t.Context(), Config{Targets: at(serve(t, answer("-ERR max number of clients reached\r\n"))), Schedule: Burst(5, 0)})
 	require.NoError(t, err)
 	defer held.Close()
 	assert.Equal(t, Counts{ServerError: 5}, report.Failed)
@@ -167,7 +169,7 @@ func TestHoldKeepsOnlyWhatIsOK(t *testing.T) {
 func TestHoldCanceled(t *testing.T) {
 	// What was opened before is the caller's, together with the account.
 	ctx, cancel := context.WithCancel(t.Context())
-	held, report, err := Hold(ctx, Config{Target: serve(t, pong), Schedule: Merge(Burst(5, 0), Burst(5, time.Hour)), OnOp: func(op Op) {
+	held, report, err := Hold(ctx, Config{Targets: at(serve(t, pong)), Schedule: Merge(Burst(5, 0), Burst(5, time.Hour)), OnOp: func(op Op) {
 		if op.Index == 4 {
 			cancel()
 		}
@@ -180,7 +182,7 @@ func TestHoldCanceled(t *testing.T) {
 }
 
 func TestHeldServesOneRunAtATime(t *testing.T) {
-	held := hold(t, 2, Config{Target: serve(t, pong)})
+	held := hold(t, 2, Config{Targets: at(serve(t, pong))})
 	var inner error
 	var length int
 	report := load(t, Config{Held: held, Schedule: Burst(1, 0), OnOp: func(Op) {
@@ -196,4 +198,89 @@ func TestHeldServesOneRunAtATime(t *testing.T) {
 	assert.Zero(t, held.Len())
 	_, err := Run(t.Context(), Config{Held: held, Schedule: Burst(1, 0)})
 	assert.ErrorContains(t, err, "closed")
+}
+
+func TestTargetsInTurn(t *testing.T) {
+	const n = 30
+	targets, fds := listeners(t, 3)
+	answerPings(t, fds)
+	connectedTo := map[netip.AddrPort]netip.AddrPort{}
+	held := hold(t, n, Config{Targets: targets, OnOp: func(op Op) {
+		assert.Equal(t, targets[op.Index%3], op.Target)
+		connectedTo[op.Local] = op.Target
+	}})
+	for _, c := range held.s.conns {
+		peer, err := unix.Getpeername(c.fd)
+		require.NoError(t, err)
+		in := peer.(*unix.SockaddrInet4)
+		assert.Equal(t, connectedTo[localAddress(c.fd)], netip.AddrPortFrom(netip.AddrFrom4(in.Addr), uint16(in.Port)), "as the kernel knows it")
+	}
+	times := map[netip.AddrPort]int{}
+	report := load(t, Config{Held: held, Schedule: Constant(1000, n*ms), OnOp: func(op Op) {
+		times[op.Target]++
+		assert.Equal(t, connectedTo[op.Local], op.Target)
+	}})
+	require.EqualValues(t, n, report.OK)
+	assert.Equal(t, map[netip.AddrPort]int{targets[0]: n / 3, targets[1]: n / 3, targets[2]: n / 3}, times)
+
+	var left []netip.AddrPort
+	load(t, Config{Targets: targets, Schedule: Burst(3, 0), MaxInFlight: 1, OnOp: func(op Op) {
+		if op.Class == NotStarted {
+			left = append(left, op.Target)
+		}
+	}})
+	assert.Subset(t, targets[1:], left, "one that is not started has its target")
+}
+
+func TestShutdown(t *testing.T) {
+	const n, rate = 20, 200.0
+	ended := make(chan error, n)
+	target := serve(t, func(c *net.TCPConn) {
+		request(c)
+		_, _ = c.Write([]byte("+PONG\r\n"))
+		_, err := c.Read(make([]byte, 1))
+		_, _ = c.Write([]byte("and more")) // is read and means nothing
+		ended <- err
+	})
+	held := hold(t, n, Config{Targets: at(target)})
+	begin := time.Now()
+	left, err := held.Shutdown(t.Context(), rate)
+	require.NoError(t, err)
+	assert.Zero(t, left)
+	assert.GreaterOrEqual(t, time.Since(begin), (n-1)*time.Second/rate, "not faster than the rate")
+	for range n {
+		assert.ErrorIs(t, <-ended, io.EOF)
+	}
+	assert.Zero(t, held.Len())
+	assert.Empty(t, held.Lost())
+	left, err = held.Shutdown(t.Context(), rate)
+	assert.NoError(t, err, "twice")
+	assert.Zero(t, left)
+	held.Close()
+}
+
+func TestShutdownWaitsNoLongerThanAsked(t *testing.T) {
+	const n = 5
+	end := make(chan struct{})
+	defer close(end)
+	target := serve(t, func(c *net.TCPConn) {
+		request(c)
+		_, _ = c.Write([]byte("+PONG\r\n"))
+		<-end
+	})
+	held := hold(t, n, Config{Targets: at(target)})
+	ctx, cancel := context.WithTimeout(t.Context(), 50*ms)
+	defer cancel()
+	left, err := held.Shutdown(ctx, 10_000)
+	require.NoError(t, err)
+	assert.Equal(t, n, left, "their peers have not closed")
+	assert.Zero(t, held.Len())
+
+	held = hold(t, n, Config{Targets: at(target)})
+	left, err = held.Shutdown(ctx, 1)
+	require.NoError(t, err)
+	assert.Equal(t, n, left, "no time for one FIN")
+
+	_, err = held.Shutdown(t.Context(), 0)
+	assert.ErrorContains(t, err, "rate")
 }

@@ -22,8 +22,9 @@ const (
 
 // Config says what a run does. Zero values have the defaults named here.
 type Config struct {
-	// Target is the server: IPv4 address and port.
-	Target netip.AddrPort
+	// Targets are the servers, IPv4 address and port: operation i goes to
+	// Targets[i mod len].
+	Targets []netip.AddrPort
 	// Sources are the places from which operations start, in turn: operation
 	// i starts from Sources[i mod len]. None means the program's own place.
 	Sources []Source
@@ -54,7 +55,7 @@ type Config struct {
 	// ones: each takes the one that has been idle longest, so that they take
 	// turns while the server answers. An operation that finds none idle is
 	// not started. One that fails closes its connection, except by a
-	// ServerError, which leaves it in order. Target, Sources, ConnectTimeout
+	// ServerError, which leaves it in order. Targets, Sources, ConnectTimeout
 	// and Close are not used.
 	Held *Held
 
@@ -67,12 +68,25 @@ type Config struct {
 	OnOp func(Op)
 	// Progress, if set, shows the account while the run goes on.
 	Progress *Progress
+
+	hooks hooks
+}
+
+// hooks are what [Probe] needs beyond OnOp. They may be nil, and are called on
+// the thread of the run.
+type hooks struct {
+	opened func(Op)        // connect(2) has sent a SYN: the local port is known
+	again  func(Op) bool   // says of a failed operation whether to start it once more, due at once
+	lost   func(Op, Class) // a connection that Hold had kept ended while it was idle
 }
 
 // Op is one operation. Times are offsets from Report.Start; zero means never.
 type Op struct {
 	Index  int // in the schedule, from 0
 	Source int // index in Config.Sources, or of the source a held connection came from
+	// Target is the server. Only an operation that found no idle held
+	// connection has none.
+	Target netip.AddrPort
 	// Local is the client's address and port, where it came to have one.
 	Local     netip.AddrPort
 	Due       time.Duration
@@ -134,8 +148,13 @@ func (cfg Config) withDefaults() (Config, error) {
 	if cfg.Schedule == nil {
 		return cfg, errors.New("no schedule")
 	}
-	if cfg.Held == nil && (!cfg.Target.Addr().Unmap().Is4() || cfg.Target.Port() == 0) {
-		return cfg, fmt.Errorf("target %v is no IPv4 address and port", cfg.Target)
+	if cfg.Held == nil && len(cfg.Targets) == 0 {
+		return cfg, errors.New("no target")
+	}
+	for _, target := range cfg.Targets {
+		if !target.Addr().Unmap().Is4() || target.Port() == 0 {
+			return cfg, fmt.Errorf("target %v is no IPv4 address and port", target)
+		}
 	}
 	if cfg.Held != nil && cfg.ConnectOnly {
 		return cfg, errors.New("held connections are open already: ConnectOnly does nothing")

@@ -64,7 +64,7 @@ func TestOperationsEndInTheirClass(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got := Counts{}
-			cfg := Config{Target: serve(t, test.handle), Schedule: Burst(n, 0), OnOp: func(op Op) { got[op.Class]++ }}
+			cfg := Config{Targets: at(serve(t, test.handle)), Schedule: Burst(n, 0), OnOp: func(op Op) { got[op.Class]++ }}
 			if test.change != nil {
 				test.change(&cfg)
 			}
@@ -97,13 +97,13 @@ func TestOperationsEndInTheirClass(t *testing.T) {
 
 func TestARequestThatIsNeverRead(t *testing.T) {
 	target := serve(t, func(*net.TCPConn) { <-t.Context().Done() })
-	report := load(t, Config{Target: target, Schedule: Burst(5, 0), Request: make([]byte, 32<<20), ReplyTimeout: 50 * ms})
+	report := load(t, Config{Targets: at(target), Schedule: Burst(5, 0), Request: make([]byte, 32<<20), ReplyTimeout: 50 * ms})
 	assert.Equal(t, Counts{ReadTimeout: 5}, report.Failed)
 }
 
 func TestConnectRefused(t *testing.T) {
 	_, address := boundSocket(t)
-	report := load(t, Config{Target: address, Schedule: Burst(10, 0)})
+	report := load(t, Config{Targets: at(address), Schedule: Burst(10, 0)})
 	assert.Equal(t, Counts{ConnectRefused: 10}, report.Failed)
 	assert.Zero(t, report.Connect.Count())
 }
@@ -129,7 +129,7 @@ func TestConnectReset(t *testing.T) {
 			}
 			return local.Socket()
 		}}
-		report := load(t, Config{Target: target, Schedule: Burst(2, 0), Sources: []Source{source}})
+		report := load(t, Config{Targets: at(target), Schedule: Burst(2, 0), Sources: []Source{source}})
 		require.EqualValues(t, 1, report.Failed[TooManyFiles])
 		delete(report.Failed, TooManyFiles)
 		for class := range report.Failed {
@@ -145,7 +145,7 @@ func TestConnectReset(t *testing.T) {
 
 func TestConnectTimeoutWhereTheAcceptQueueIsFull(t *testing.T) {
 	const n = 20
-	held, report, err := Hold(t.Context(), Config{Target: listenOnly(t, 0), Schedule: Constant(1000, n*ms), ConnectOnly: true, ConnectTimeout: 200 * ms})
+	held, report, err := Hold(t.Context(), Config{Targets: at(listenOnly(t, 0)), Schedule: Constant(1000, n*ms), ConnectOnly: true, ConnectTimeout: 200 * ms})
 	require.NoError(t, err)
 	defer held.Close()
 	require.NoError(t, report.Balanced())
@@ -169,7 +169,7 @@ func TestNoLocalPort(t *testing.T) {
 		}
 		return fd, nil
 	}}
-	held, report, err := Hold(t.Context(), Config{Target: listenOnly(t, 10), Schedule: Burst(5, 0), Sources: []Source{source}, ConnectOnly: true, Close: Reset})
+	held, report, err := Hold(t.Context(), Config{Targets: at(listenOnly(t, 10)), Schedule: Burst(5, 0), Sources: []Source{source}, ConnectOnly: true, Close: Reset})
 	require.NoError(t, err)
 	defer held.Close()
 	assert.EqualValues(t, 1, report.OK)
@@ -186,7 +186,7 @@ func TestTooManyFiles(t *testing.T) {
 	defer func() { require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }()
 	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(len(entries)) + 30, Max: limit.Max}))
 
-	held, report, err := Hold(t.Context(), Config{Target: target, Schedule: Burst(n, 0), ConnectOnly: true})
+	held, report, err := Hold(t.Context(), Config{Targets: at(target), Schedule: Burst(n, 0), ConnectOnly: true})
 	require.NoError(t, err)
 	defer held.Close()
 	require.NoError(t, report.Balanced())
@@ -199,7 +199,7 @@ func TestOtherErrorsKeepTheirName(t *testing.T) {
 	noSocket := Source{Socket: func() (int, error) { return unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0) }}
 	noErrno := Source{Socket: func() (int, error) { return -1, errors.New("host is down") }}
 	var errs []error
-	report := load(t, Config{Target: listenOnly(t, 1), Schedule: Burst(3, 0), Sources: []Source{noSocket, noErrno}, OnOp: func(op Op) { errs = append(errs, op.Err) }})
+	report := load(t, Config{Targets: at(listenOnly(t, 1)), Schedule: Burst(3, 0), Sources: []Source{noSocket, noErrno}, OnOp: func(op Op) { errs = append(errs, op.Err) }})
 	assert.Equal(t, Counts{Other: 3}, report.Failed)
 	assert.Equal(t, map[string]int64{"connect: socket operation on non-socket": 2, "socket: host is down": 1}, report.Causes)
 	require.Len(t, errs, 3)
@@ -244,7 +244,7 @@ func TestCloseStyle(t *testing.T) {
 			_, err := c.Read(make([]byte, 1))
 			ended <- err
 		})
-		report := load(t, Config{Target: target, Schedule: Burst(n, 0), Close: style})
+		report := load(t, Config{Targets: at(target), Schedule: Burst(n, 0), Close: style})
 		assert.EqualValues(t, n, report.OK)
 		for range n {
 			assert.ErrorIs(t, <-ended, want)
@@ -266,7 +266,7 @@ func TestOpsCanBeJoinedWithTheServersSide(t *testing.T) {
 	host := []string{"127.0.0.2", "127.0.0.3", "127.0.0.1"}
 	var ops []Op
 	var atClient []netip.AddrPort
-	report := load(t, Config{Target: target, Schedule: Constant(2000, 100*ms), Sources: sources, OnOp: func(op Op) {
+	report := load(t, Config{Targets: at(target), Schedule: Constant(2000, 100*ms), Sources: sources, OnOp: func(op Op) {
 		ops, atClient = append(ops, op), append(atClient, op.Local)
 	}})
 	require.Len(t, ops, n)
@@ -327,7 +327,7 @@ func TestLatencyCountsFromTheDueTimeWhenTheServerStalls(t *testing.T) {
 		standing.Unlock()
 	})
 	schedule := Constant(rate, time.Second)
-	report := load(t, Config{Target: target, Schedule: schedule, Progress: progress})
+	report := load(t, Config{Targets: at(target), Schedule: schedule, Progress: progress})
 	keeper.Wait()
 	require.EqualValues(t, rate, report.OK)
 	assert.GreaterOrEqual(t, report.Latency.Quantile(1), stall-2*ms)
@@ -352,7 +352,7 @@ func TestLatencyCountsFromTheDueTimeWhenTheGeneratorStalls(t *testing.T) {
 		return local.Socket()
 	}}
 	schedule := Constant(1000, n*ms)
-	report := load(t, Config{Target: serve(t, pong), Schedule: schedule, Sources: []Source{source}})
+	report := load(t, Config{Targets: at(serve(t, pong)), Schedule: schedule, Sources: []Source{source}})
 	require.EqualValues(t, n, report.OK)
 	for _, d := range []time.Duration{20 * ms, 100 * ms} {
 		least := still.waited(schedule, report.Start, d)
@@ -367,7 +367,7 @@ func TestLatencyCountsFromTheDueTimeWhenTheGeneratorStalls(t *testing.T) {
 func TestALargeRunBalances(t *testing.T) {
 	const n = 20_000
 	progress := new(Progress)
-	report := load(t, Config{Target: epollServer(t), Sources: hosts(50), Schedule: Poisson(10_000, time.Hour, 7).First(n), Close: Reset, Progress: progress})
+	report := load(t, Config{Targets: at(epollServer(t)), Sources: hosts(50), Schedule: Poisson(10_000, time.Hour, 7).First(n), Close: Reset, Progress: progress})
 	assert.EqualValues(t, n, report.Due)
 	assert.EqualValues(t, n, report.OK, "failed: %v, not started: %d", report.Failed, report.NotStarted)
 	assert.Equal(t, Snapshot{Due: n, Started: n, OK: n}, progress.Snapshot())
@@ -388,7 +388,7 @@ func TestCancel(t *testing.T) {
 		cancel(cause)
 	}()
 	begin := time.Now()
-	report, err := Run(ctx, Config{Target: serve(t, silent), Schedule: Merge(Burst(10, 0), Constant(1, time.Hour).After(time.Hour)), ReplyTimeout: time.Hour, Progress: progress})
+	report, err := Run(ctx, Config{Targets: at(serve(t, silent)), Schedule: Merge(Burst(10, 0), Constant(1, time.Hour).After(time.Hour)), ReplyTimeout: time.Hour, Progress: progress})
 	<-watched
 	require.ErrorIs(t, err, cause)
 	assert.Less(t, time.Since(begin), time.Minute, "the wait for the next operation ends at once")
@@ -400,7 +400,7 @@ func TestCancel(t *testing.T) {
 func TestCanceledBeforeItBegins(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	report, err := Run(ctx, Config{Target: listenOnly(t, 1), Schedule: Merge(Burst(3, 0), Burst(3, time.Hour))})
+	report, err := Run(ctx, Config{Targets: at(listenOnly(t, 1)), Schedule: Merge(Burst(3, 0), Burst(3, time.Hour))})
 	require.ErrorIs(t, err, context.Canceled)
 	require.NoError(t, report.Balanced())
 	assert.EqualValues(t, 3, report.NotStarted)
@@ -414,12 +414,12 @@ func TestConfigIsChecked(t *testing.T) {
 		want string
 		cfg  Config
 	}{
-		{"no schedule", Config{Target: target}},
-		{"no IPv4 address", Config{Schedule: Burst(1, 0)}},
-		{"no IPv4 address", Config{Schedule: Burst(1, 0), Target: netip.MustParseAddrPort("[::1]:1")}},
-		{"no IPv4 address", Config{Schedule: Burst(1, 0), Target: netip.MustParseAddrPort("127.0.0.1:0")}},
-		{`source "x" makes no sockets`, Config{Schedule: Burst(1, 0), Target: target, Sources: []Source{{Name: "x"}}}},
-		{"negative", Config{Schedule: Burst(1, 0), Target: target, ConnectTimeout: -1}},
+		{"no schedule", Config{Targets: at(target)}},
+		{"no target", Config{Schedule: Burst(1, 0)}},
+		{"no IPv4 address", Config{Schedule: Burst(1, 0), Targets: at(netip.MustParseAddrPort("[::1]:1"))}},
+		{"no IPv4 address", Config{Schedule: Burst(1, 0), Targets: at(netip.MustParseAddrPort("127.0.0.1:0"))}},
+		{`source "x" makes no sockets`, Config{Schedule: Burst(1, 0), Targets: at(target), Sources: []Source{{Name: "x"}}}},
+		{"negative", Config{Schedule: Burst(1, 0), Targets: at(target), ConnectTimeout: -1}},
 		{"ConnectOnly does nothing", Config{Schedule: Burst(1, 0), Held: held, ConnectOnly: true}},
 	} {
 		report, err := Run(t.Context(), test.cfg)
@@ -436,7 +436,7 @@ func TestWithoutPwait2(t *testing.T) {
 	require.NoError(t, err)
 	defer s.close(Graceful)
 	s.noPwait2 = true
-	cfg, err := Config{Target: serve(t, pong), Schedule: Constant(1000, 100*ms)}.withDefaults()
+	cfg, err := Config{Targets: at(serve(t, pong)), Schedule: Constant(1000, 100*ms)}.withDefaults()
 	require.NoError(t, err)
 	report, err := newEngine(cfg, s, false).run(t.Context())
 	require.NoError(t, err)

@@ -1,6 +1,7 @@
 package loadgen
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net/netip"
@@ -22,6 +23,8 @@ type sockets struct {
 	idle    list                // held connections without an operation, longest idle first
 	ready   [32]unix.EpollEvent // few at a time: an operation may have come due meanwhile
 	scratch [64 << 10]byte
+
+	onLost func(Op, Class) // an idle connection ended; may be nil
 
 	noPwait2 bool // the kernel lacks epoll_pwait2 (before 5.11)
 
@@ -178,6 +181,30 @@ func (s *sockets) wait(d time.Duration) ([]unix.EpollEvent, error) {
 	}
 }
 
+// wakeWhenDone makes a wait end when ctx is done.
+func (s *sockets) wakeWhenDone(ctx context.Context) (unwatch func(), err error) {
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, os.NewSyscallError("eventfd", err)
+	}
+	if err := unix.EpollCtl(s.epoll, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: -1}); err != nil {
+		_ = unix.Close(wake)
+		return nil, os.NewSyscallError("epoll_ctl", err)
+	}
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(woken)
+		_, _ = unix.Write(wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	})
+	return func() {
+		if !stop() {
+			<-woken // it must not write to a descriptor that is another's by then
+		}
+		_ = unix.EpollCtl(s.epoll, unix.EPOLL_CTL_DEL, wake, nil)
+		_ = unix.Close(wake)
+	}, nil
+}
+
 // park makes a connection without an operation wait for the next one.
 func (s *sockets) park(c *conn) {
 	c.phase = idle
@@ -201,9 +228,13 @@ func (s *sockets) idleEvent(c *conn) {
 	case errno == 0:
 		err = errBadReply
 	}
+	class := classify(idle, err)
 	s.lostMu.Lock()
-	s.lost[classify(idle, err)]++
+	s.lost[class]++
 	s.lostMu.Unlock()
+	if s.onLost != nil {
+		s.onLost(c.op, class)
+	}
 	s.drop(c, Graceful)
 }
 
@@ -221,6 +252,73 @@ func (s *sockets) sweep() error {
 		}
 		if len(events) < len(s.ready) {
 			return nil
+		}
+	}
+}
+
+// hangUp sends FIN on the idle connections when they are due by the schedule,
+// and waits until the peer of each has closed too, or ctx is done. It returns
+// the number of connections for which that did not happen.
+func (s *sockets) hangUp(ctx context.Context, schedule Schedule) (left int, err error) {
+	unwatch, err := s.wakeWhenDone(ctx)
+	if err != nil {
+		return s.count(), err
+	}
+	defer unwatch()
+	start := time.Now()
+	for due := range schedule {
+		for now := time.Since(start); now < due && ctx.Err() == nil; now = time.Since(start) {
+			if err := s.awaitEnds(due - now); err != nil {
+				return s.count(), err
+			}
+		}
+		c := s.idle.first
+		if c == nil || ctx.Err() != nil {
+			break
+		}
+		c.leave()
+		c.phase = closing
+		if unix.Shutdown(c.fd, unix.SHUT_WR) != nil {
+			s.drop(c, Graceful) // reset meanwhile
+		}
+	}
+	for s.count() > 0 && ctx.Err() == nil {
+		if err := s.awaitEnds(never); err != nil {
+			return s.count(), err
+		}
+	}
+	return s.count(), nil
+}
+
+// count is the number of open connections, all of which are held.
+func (s *sockets) count() int { return int(s.open.Load()) }
+
+// awaitEnds drops the connections of which the peer's end comes within d, and
+// whatever else comes of those that are closing.
+func (s *sockets) awaitEnds(d time.Duration) error {
+	events, err := s.wait(d)
+	for _, ev := range events {
+		c := s.of(ev)
+		switch {
+		case c == nil:
+		case c.phase == idle:
+			s.idleEvent(c)
+		default:
+			s.drain(c)
+		}
+	}
+	return err
+}
+
+// drain reads what is there, and drops the connection where that is its end.
+func (s *sockets) drain(c *conn) {
+	for {
+		switch n, errno := receive(c.fd, s.scratch[:]); {
+		case errno == unix.EAGAIN:
+			return
+		case errno != 0 || n == 0:
+			s.drop(c, Graceful)
+			return
 		}
 	}
 }

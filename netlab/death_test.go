@@ -25,11 +25,15 @@ import (
 
 // standing is what the orphan-maker has made, on one line of JSON.
 type standing struct {
-	Program int               // pid
-	Cookies map[string]uint64 // of the namespaces, by name
+	Program   int               // pid
+	Container int               // pid of a contained program with two children
+	Cookies   map[string]uint64 // of the namespaces, by name
 }
 
-// runOrphanMaker stands a lab up, runs a program in it, says so, reads standard
+// forker has two children, one of which has left its process group and session.
+var forker = Program{Path: "/bin/sh", Args: []string{"-c", "sleep 1000 & setsid sleep 1000 & wait"}, Contain: true}
+
+// runOrphanMaker stands a lab up, runs two programs in it, says so, reads standard
 // input, takes it all down, and begins again until it is killed or a minute is over.
 func runOrphanMaker() {
 	fail := func(err error) {
@@ -43,7 +47,9 @@ func runOrphanMaker() {
 		fail(err)
 		p, err := lab.Host("server").Start(context.Background(), Program{Path: "/bin/sleep", Args: []string{"1000"}})
 		fail(err)
-		s := standing{Program: p.Pid(), Cookies: map[string]uint64{}}
+		c, err := lab.Host("server").Start(context.Background(), forker)
+		fail(err)
+		s := standing{Program: p.Pid(), Container: c.Pid(), Cookies: map[string]uint64{}}
 		for _, h := range lab.Hosts() {
 			fail(lab.thread.in(h.ns, func() (err error) { s.Cookies[h.name], err = cookie(); return err }))
 		}
@@ -184,7 +190,13 @@ func TestKillLeavesNothing(t *testing.T) {
 	for name, c := range s.Cookies {
 		require.NotEmpty(t, before[c], name)
 	}
-	require.ElementsMatch(t, []int{cmd.Process.Pid, s.Program}, marked(t, mark))
+	var pids []int
+	// This one, a program, and a contained one with two children and its holder.
+	await(t, "the contained program has its children", func() (bool, any) {
+		pids = marked(t, mark)
+		return len(pids) == 6, pids
+	})
+	require.Subset(t, pids, []int{cmd.Process.Pid, s.Program, s.Container})
 
 	require.NoError(t, cmd.Process.Kill())
 	require.Error(t, cmd.Wait())

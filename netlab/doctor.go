@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -45,14 +46,16 @@ var probes = []probe{
 	{NeedBridge, "no switches, so no lab of more than one host; use a kernel with CONFIG_BRIDGE", probeBridge},
 	{NeedTUN, "links with delay or loss where netem is missing too: variants with latency are skipped; use a kernel with CONFIG_TUN and give access to /dev/net/tun", probeTUN},
 	{NeedNetem, "delay and loss are made by a pump in user space, at some 100,000 packets a second; a kernel with CONFIG_NET_SCH_NETEM (Debian: apt-get install linux-image-amd64) makes them itself", probeNetem},
-	{NeedNftables, "variants with packet filters or kernel NAT are skipped; use a kernel with CONFIG_NF_TABLES", probeNftables},
+	{NeedNftables, "variants with packet filters or kernel NAT are skipped; use a kernel with CONFIG_NF_TABLES and CONFIG_NFT_NAT", probeNftables},
 	{NeedBTF, "no trace programs that read kernel structures: reasons of drops and resets are not recorded, counters are; use a kernel with CONFIG_DEBUG_INFO_BTF", probeBTF},
 	{NeedTracepoints, "who sent a reset and why a packet was dropped is not recorded, counters are; use a kernel with CONFIG_BPF_SYSCALL and CONFIG_BPF_EVENTS", probeTracepoints},
 	{NeedFiles, "scenarios at full scale run out of descriptors; raise the hard limit (ulimit -Hn, /etc/security/limits.conf)", probeFiles},
 	{NeedUntracked, "connection tracking moves a source port on a clash and so hides tuple collisions, and it refuses packets of its own when its table is full; remove the rules that every new namespace gets", probeConntrack},
 	{NeedPlainTCP, "listeners of Go programs are MPTCP, another animal than the one under test; build with godebug multipathtcp=0 in go.mod", probeMPTCP},
 	{NeedSYNTimers, "predictions of connect times use the schedule of kernels before 6.5: 1, 3, 7, 15 s", probeSYNTimers},
-	{NeedRedis, "runs with the real server beside ours are skipped; apt-get install redis-server", probeRedis},
+	{NeedRedis, "runs with the real server beside ours are skipped; apt-get install redis-server", probeProgram("redis-server", "--version")},
+	{NeedHAProxy, "variants with a real layer-7 balancer are skipped, those with our own are not; apt-get install haproxy", probeProgram("haproxy", "-v")},
+	{NeedTshark, "captures are recorded, but no second reader checks them; apt-get install tshark", probeProgram("tshark", "--version")},
 }
 
 // Doctor tries every need, in a namespace of its own that it removes again, and
@@ -103,7 +106,7 @@ func openScratch() *scratch {
 		if s.rt, err = openRtnl(); err != nil {
 			return err
 		}
-		return s.rt.setUp(1) // lo
+		return s.rt.setUp(loopback)
 	})
 	return s
 }
@@ -169,7 +172,7 @@ func probeTUN(s *scratch) (string, bool, error) {
 
 func probeNetem(s *scratch) (string, bool, error) {
 	err := s.in(func() error {
-		if err := s.rt.addNetem(1, 0, 0); err != nil {
+		if err := s.rt.addNetem(loopback, 0, 0); err != nil {
 			return needOr(NeedNetem, fmt.Errorf("queueing discipline netem: %w", err))
 		}
 		return nil
@@ -177,8 +180,17 @@ func probeNetem(s *scratch) (string, bool, error) {
 	return "made a queueing discipline", true, err
 }
 
+// probeNftables has a namespace of its own: a nat chain turns on the connection
+// tracking that probeConntrack must not find.
 func probeNftables(s *scratch) (string, bool, error) {
-	return "made a table", true, s.in(addNftTable)
+	if s.err != nil {
+		return "", false, s.err
+	}
+	ns, err := s.thread.newNamespace("doctor nat")
+	if err != nil {
+		return "", false, err
+	}
+	return "made a nat chain with a rule", true, errors.Join(s.thread.in(ns, addNATRule), ns.close())
 }
 
 const btfPath = "/sys/kernel/btf/vmlinux"
@@ -328,59 +340,52 @@ func probeMPTCP(s *scratch) (detail string, ok bool, err error) {
 	return detail, ok, err
 }
 
+// shownRetries is enough to see where the times begin to double.
+const shownRetries = 7
+
 func probeSYNTimers(s *scratch) (detail string, ok bool, err error) {
 	const key = "net.ipv4.tcp_syn_linear_timeouts"
 	err = s.in(func() error {
 		value, err := readSysctl(key)
 		if errors.Is(err, fs.ErrNotExist) {
-			detail = fmt.Sprintf("%s is absent: a SYN is sent again after %s", key, synTimes(0))
+			detail = fmt.Sprintf("%s is absent: a SYN is sent again after %v", key, SYNRetries(0, shownRetries))
 			return nil
 		}
 		if err != nil {
 			return err
 		}
 		linear, err := strconv.Atoi(value)
-		detail, ok = fmt.Sprintf("%s is %d: a SYN is sent again after %s", key, linear, synTimes(linear)), linear > 0
+		detail, ok = fmt.Sprintf("%s is %d: a SYN is sent again after %v", key, linear, SYNRetries(linear, shownRetries)), linear > 0
 		return err
 	})
 	return detail, ok, err
 }
 
-// synTimes lists when an unanswered SYN is sent again, the first seven times, in
-// whole seconds since the first: the initial timeout of 1 s (RFC 6298) is used
-// linear+1 times before it doubles (net/ipv4/tcp_timer.c tcp_retransmit_timer).
-func synTimes(linear int) string {
-	var times []string
-	at, gap := 0, 1
-	for i := range 7 {
-		if i > linear {
-			gap *= 2
-		}
-		at += gap
-		times = append(times, strconv.Itoa(at))
-	}
-	return strings.Join(times, ", ") + " s"
-}
+// versionRE finds the version in what a program says of itself, as in "Redis
+// server v=7.0.15 sha=…", "HAProxy version 2.6.12-1 …", "TShark (Wireshark) 4.0.17 …".
+var versionRE = regexp.MustCompile(`\d+(\.\d+)+`)
 
-func probeRedis(*scratch) (string, bool, error) {
-	path, err := exec.LookPath("redis-server")
-	if errors.Is(err, exec.ErrNotFound) {
-		return "not in PATH", false, nil
+// probeProgram looks for a program and asks for its version.
+func probeProgram(name, versionFlag string) func(*scratch) (string, bool, error) {
+	return func(*scratch) (string, bool, error) {
+		path, err := exec.LookPath(name)
+		if errors.Is(err, exec.ErrNotFound) {
+			return "not in PATH", false, nil
+		}
+		if err != nil {
+			return "", false, err
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		out, err := exec.CommandContext(ctx, path, versionFlag).Output()
+		if err != nil {
+			return "", false, fmt.Errorf("%s %s: %w", path, versionFlag, err)
+		}
+		line, _, _ := strings.Cut(string(out), "\n")
+		version := versionRE.FindString(line)
+		if version == "" {
+			return "", false, fmt.Errorf("%s %s says %q", path, versionFlag, line)
+		}
+		return path + " " + version, true, nil
 	}
-	if err != nil {
-		return "", false, err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, path, "--version").Output()
-	if err != nil {
-		return "", false, fmt.Errorf("%s --version: %w", path, err)
-	}
-	// "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=…"
-	_, version, found := strings.Cut(string(out), "v=")
-	version, _, _ = strings.Cut(version, " ")
-	if !found {
-		return "", false, fmt.Errorf("%s --version says %q", path, out)
-	}
-	return path + " " + version, true, nil
 }

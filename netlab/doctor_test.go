@@ -3,7 +3,9 @@ package netlab
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -29,7 +31,7 @@ func TestDoctor(t *testing.T) {
 	}
 	for _, n := range []Need{
 		NeedPrivilege, NeedNamespace, NeedVeth, NeedBridge, NeedTUN, NeedNetem, NeedNftables, NeedBTF, NeedTracepoints,
-		NeedFiles, NeedUntracked, NeedPlainTCP, NeedSYNTimers, NeedRedis,
+		NeedFiles, NeedUntracked, NeedPlainTCP, NeedSYNTimers, NeedRedis, NeedHAProxy, NeedTshark,
 	} {
 		assert.Contains(t, findings, n)
 	}
@@ -49,10 +51,20 @@ func TestDoctor(t *testing.T) {
 	}
 	able := findings[NeedNamespace].OK && findings[NeedVeth].OK && findings[NeedBridge].OK
 	assert.Equal(t, able, err == nil, "Up: %v", err)
+	fresh := openScratch()
+	defer fresh.close()
+	_, untracked, err := probeConntrack(fresh)
+	require.NoError(t, err)
+	assert.Equal(t, untracked, findings[NeedUntracked].OK, "the nat chain of another probe is not found as tracking")
 	// go.mod says godebug multipathtcp=0; without it this fails on every current kernel.
 	assert.True(t, findings[NeedPlainTCP].OK, findings[NeedPlainTCP].Detail)
-	_, err = exec.LookPath("redis-server")
-	assert.Equal(t, err == nil, findings[NeedRedis].OK)
+	for need, program := range map[Need]string{NeedRedis: "redis-server", NeedHAProxy: "haproxy", NeedTshark: "tshark"} {
+		path, err := exec.LookPath(program)
+		assert.Equal(t, err == nil, findings[need].OK, program)
+		if err == nil {
+			assert.Regexp(t, "^"+regexp.QuoteMeta(path)+` \d+\.\d+`, findings[need].Detail)
+		}
+	}
 }
 
 func TestDoctorLeavesNothing(t *testing.T) {
@@ -87,9 +99,26 @@ func TestFindingOfAProbe(t *testing.T) {
 	}
 }
 
-func TestSYNTimes(t *testing.T) {
-	assert.Equal(t, "1, 3, 7, 15, 31, 63, 127 s", synTimes(0), "before 6.5: doubling from the start")
-	assert.Equal(t, "1, 2, 3, 4, 5, 7, 11 s", synTimes(4), "the default since 6.5")
+func TestNftError(t *testing.T) {
+	for _, row := range []struct {
+		reason string
+		err    error
+		lacks  bool
+	}{
+		{"no nfnetlink", unix.EPROTONOSUPPORT, true},
+		{"no nf_tables: one answer, then silence", errors.Join(unix.EOPNOTSUPP, os.ErrDeadlineExceeded), true},
+		{"no nat chains", unix.ENOENT, true},
+		{"no such subsystem", unix.EINVAL, true},
+		{"silence alone tells nothing", os.ErrDeadlineExceeded, false},
+		{"not allowed tells nothing", unix.EPERM, false},
+	} {
+		need, is := errors.AsType[*NeedError](nftError("nat chain", row.err))
+		assert.Equal(t, row.lacks, is, row.reason)
+		if is {
+			assert.Equal(t, NeedNftables, need.Need, row.reason)
+			assert.ErrorIs(t, need, ErrUnsupported, row.reason)
+		}
+	}
 }
 
 func TestDescribeFiles(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -24,7 +25,8 @@ type Lab struct {
 
 	mu    sync.Mutex
 	procs map[*Process]struct{}
-	pumps []func() error
+	// stops end what runs in user space behind TAP devices and closes them.
+	stops []func() error
 }
 
 // switchNode is a bridge in its own namespace.
@@ -36,13 +38,14 @@ type switchNode struct {
 	ports  []member
 }
 
-// member is one link as its switch sees it.
+// member is one link or device as its switch sees it.
 type member struct {
-	host  *Host
+	name  string // of the host or device
 	addrs []netip.Addr
-	kind  string
-	port  int // interface index in the switch's namespace
-	iface int // interface index in the host's namespace
+	tap   bool  // the interfaces are TAP devices
+	port  int   // interface index in the switch's namespace
+	host  *Host // nil for a device, which has no other end
+	iface int   // interface index in the host's namespace
 }
 
 // quietSysctls silence what would otherwise talk by itself in every namespace:
@@ -60,9 +63,10 @@ var defaultSysctls = map[string]string{
 }
 
 // Up checks t, builds it and returns when every link is operational at both
-// ends and every host knows its neighbours. It needs CAP_NET_ADMIN and
-// CAP_SYS_ADMIN; without them, or where the kernel lacks something, the error
-// is a [*NeedError]. After an error nothing is left.
+// ends, every host knows its neighbours and has its routes, and every device is
+// attached. It needs CAP_NET_ADMIN and CAP_SYS_ADMIN; without them, or where the
+// kernel lacks something, the error is a [*NeedError]. After an error nothing is
+// left.
 func Up(ctx context.Context, t Topology) (*Lab, error) {
 	p, err := t.plan()
 	if err != nil {
@@ -101,6 +105,14 @@ func (lab *Lab) build(ctx context.Context, t Topology, p plan) error {
 			return fmt.Errorf("host %s: %w", t.Hosts[i].Name, err)
 		}
 	}
+	devices := make([]*devicePort, len(t.Devices))
+	for i := range t.Devices {
+		d := &t.Devices[i]
+		var err error
+		if devices[i], err = lab.addDevice(d, p.deviceAddrs[d]); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
+	}
 	for _, sw := range lab.switches {
 		if err := sw.introduce(); err != nil {
 			return fmt.Errorf("switch %s: neighbours: %w", sw.spec.Name, err)
@@ -109,6 +121,18 @@ func (lab *Lab) build(ctx context.Context, t Topology, p plan) error {
 	for _, sw := range lab.switches {
 		if err := sw.awaitOperational(ctx); err != nil {
 			return fmt.Errorf("switch %s: %w", sw.spec.Name, err)
+		}
+	}
+	for _, h := range t.Hosts {
+		for _, r := range h.Routes {
+			if err := lab.hosts[h.Name].rt.addRoute(r.To, r.Via); err != nil {
+				return fmt.Errorf("host %s: %w", h.Name, err)
+			}
+		}
+	}
+	for _, d := range devices {
+		if err := lab.attach(d); err != nil {
+			return fmt.Errorf("device %s: %w", d.spec.Name, err)
 		}
 	}
 	return nil
@@ -151,7 +175,7 @@ func (lab *Lab) addHost(spec *HostSpec, p plan) error {
 		if h.rt, err = openRtnl(); err != nil {
 			return err
 		}
-		return h.rt.setUp(1) // lo is always index 1
+		return h.rt.setUp(loopback)
 	})
 	if err != nil {
 		return err
@@ -192,7 +216,8 @@ func (lab *Lab) tearDown() error {
 	for _, p := range procs {
 		<-p.done
 	}
-	for _, stop := range lab.pumps {
+	// Backwards: a device is stopped before its port is closed.
+	for _, stop := range slices.Backward(lab.stops) {
 		errs = append(errs, stop())
 	}
 	// Closing the last descriptor of a namespace hands it to the kernel's

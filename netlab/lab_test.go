@@ -218,8 +218,10 @@ func TestUpDownLeavesNothing(t *testing.T) {
 	cycle := func() {
 		lab, err := Up(t.Context(), star(5))
 		require.NoError(t, err)
-		_, err = lab.Host("server").Start(t.Context(), Program{Path: "/bin/sleep", Args: []string{"1000"}})
-		require.NoError(t, err)
+		for _, contain := range []bool{false, true} {
+			_, err = lab.Host("server").Start(t.Context(), Program{Path: "/bin/sleep", Args: []string{"1000"}, Contain: contain})
+			require.NoError(t, err)
+		}
 		require.NoError(t, lab.Down())
 	}
 	cycle()

@@ -27,7 +27,7 @@ func (lab *Lab) addLink(h *Host, index int, l *LinkSpec, addrs []netip.Addr) err
 		return err
 	}
 	end := fmt.Sprintf("eth%d", index)
-	port := fmt.Sprintf("p%d", len(sw.ports)+1)
+	port := sw.nextPort()
 	if kind == LinkPump {
 		err = lab.addPumped(h, end, sw, port, l, addrs[0])
 	} else {
@@ -36,7 +36,7 @@ func (lab *Lab) addLink(h *Host, index int, l *LinkSpec, addrs []netip.Addr) err
 	if err != nil {
 		return err
 	}
-	m := member{host: h, addrs: addrs, kind: kind}
+	m := member{name: h.name, addrs: addrs, tap: kind == LinkPump, host: h}
 	if m.port, err = sw.rt.index(port); err != nil {
 		return err
 	}
@@ -69,6 +69,9 @@ func (lab *Lab) addLink(h *Host, index int, l *LinkSpec, addrs []netip.Addr) err
 	h.links = append(h.links, link{kind: kind, addrs: addrs})
 	return nil
 }
+
+// nextPort is the name of the interface that the switch gets next.
+func (sw *switchNode) nextPort() string { return fmt.Sprintf("p%d", len(sw.ports)+1) }
 
 // linkKind chooses how a link is made.
 func linkKind(l *LinkSpec) (string, error) {
@@ -109,7 +112,7 @@ func (lab *Lab) addPumped(h *Host, end string, sw *switchNode, port string, l *L
 	if err != nil {
 		return errors.Join(fmt.Errorf("pump: %w", err), hostEnd.Close(), switchEnd.Close())
 	}
-	lab.pumps = append(lab.pumps, func() error {
+	lab.stops = append(lab.stops, func() error {
 		return errors.Join(stop(), hostEnd.Close(), switchEnd.Close())
 	})
 	return nil
@@ -164,6 +167,9 @@ func (sw *switchNode) introduce() error {
 		return err
 	}
 	for i, m := range sw.ports {
+		if m.host == nil {
+			continue // a device is told by its Port
+		}
 		others := make([]neighbour, 0, len(sw.ports))
 		for j, o := range sw.ports {
 			if i == j || o.host == m.host {
@@ -189,31 +195,37 @@ const readyTimeout = 10 * time.Second
 func (sw *switchNode) awaitOperational(ctx context.Context) error {
 	deadline := time.Now().Add(readyTimeout)
 	for _, m := range sw.ports {
-		for _, end := range []struct {
-			rt    *rtnl
-			index int
-			where string
-		}{{sw.rt, m.port, "switch " + sw.spec.Name}, {m.host.rt, m.iface, "host " + m.host.name}} {
-			for {
-				state, err := end.rt.operState(end.index)
-				if err != nil {
-					return err
-				}
-				// A TAP device reports no operational state: it carries from the
-				// moment it is up and its descriptor is open (drivers/net/tun.c).
-				if state == netlink.OperUp || m.kind == LinkPump && state == netlink.OperUnknown {
-					break
-				}
-				if time.Now().After(deadline) {
-					return fmt.Errorf("link of %s, end at %s: not operational after %v; operational state is %v (RFC 2863)", m.host.name, end.where, readyTimeout, state)
-				}
-				select {
-				case <-ctx.Done():
-					return ctx.Err()
-				case <-time.After(200 * time.Microsecond):
-				}
-			}
+		if err := awaitEnd(ctx, sw.rt, m.port, m.tap, deadline); err != nil {
+			return fmt.Errorf("link of %s, end at switch %s: %w", m.name, sw.spec.Name, err)
+		}
+		if m.host == nil {
+			continue
+		}
+		if err := awaitEnd(ctx, m.host.rt, m.iface, m.tap, deadline); err != nil {
+			return fmt.Errorf("link of %s, end at host %s: %w", m.name, m.name, err)
 		}
 	}
 	return nil
+}
+
+func awaitEnd(ctx context.Context, rt *rtnl, index int, tap bool, deadline time.Time) error {
+	for {
+		state, err := rt.operState(index)
+		if err != nil {
+			return err
+		}
+		// A TAP device reports no operational state: it carries from the
+		// moment it is up and its descriptor is open (drivers/net/tun.c).
+		if state == netlink.OperUp || tap && state == netlink.OperUnknown {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("not operational after %v; operational state is %v (RFC 2863)", readyTimeout, state)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(200 * time.Microsecond):
+		}
+	}
 }

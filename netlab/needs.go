@@ -29,6 +29,8 @@ const (
 	NeedPlainTCP    Need = "plain TCP listeners"
 	NeedSYNTimers   Need = "SYN retry times"
 	NeedRedis       Need = "redis-server"
+	NeedHAProxy     Need = "haproxy"
+	NeedTshark      Need = "tshark"
 )
 
 // ErrUnsupported says that this kernel does not have what is needed.
@@ -92,6 +94,6 @@ var netemAvailable = sync.OnceValue(func() bool {
 			return err
 		}
 		defer r.close()
-		return r.addNetem(1, 0, 0) // lo
+		return r.addNetem(loopback, 0, 0)
 	}) == nil
 })

@@ -1,58 +1,38 @@
 package netlab
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
+	"time"
 	"unsafe"
 
-	"github.com/vishvananda/netlink/nl"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	mdnetlink "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// addNftTable makes an nftables table in the calling thread's namespace by one
-// batch of three netlink messages (net/netfilter/nfnetlink.c nfnetlink_rcv_batch),
-// the second of which is acknowledged.
-func addNftTable() error {
-	message := func(kind, flags int, family uint8, subsystem uint16) *nl.NetlinkRequest {
-		r := nl.NewNetlinkRequest(kind, flags)
-		r.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0, ResId: nl.Swap16(subsystem)})
-		return r
-	}
-	begin := message(unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
-	table := message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_ACK, unix.NFPROTO_IPV4, 0)
-	table.AddData(nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated("probe")))
-	end := message(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
-
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+// addNATRule makes an nftables table in the calling thread's namespace with a nat
+// chain and one rule that translates a destination.
+func addNATRule() error {
+	// A kernel without nf_tables answers a batch once, and the client waits for
+	// one answer a message (net/netfilter/nfnetlink.c, nfnetlink_rcv_batch).
+	bounded := func(c *mdnetlink.Conn) error { return c.SetReadDeadline(time.Now().Add(5 * time.Second)) }
+	conn, err := nftables.New(nftables.WithSockOptions(bounded))
 	if err != nil {
 		return nftError("socket", err)
 	}
-	defer unix.Close(fd)
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
-		return os.NewSyscallError("setsockopt", err)
-	}
-	var batch []byte
-	for _, r := range []*nl.NetlinkRequest{begin, table, end} {
-		batch = append(batch, r.Serialize()...)
-	}
-	if err := unix.Sendto(fd, batch, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nftError("send", err)
-	}
-	buf := make([]byte, 4096)
-	n, _, err := unix.Recvfrom(fd, buf, 0)
-	for errors.Is(err, unix.EINTR) {
-		n, _, err = unix.Recvfrom(fd, buf, 0)
-	}
-	if err != nil {
-		return nftError("receive", err)
-	}
-	if n < unix.SizeofNlMsghdr+4 {
-		return fmt.Errorf("nftables: an answer of %d bytes", n)
-	}
-	if errno := int32(binary.NativeEndian.Uint32(buf[unix.SizeofNlMsghdr:])); errno != 0 {
-		return nftError("new table", unix.Errno(-errno))
+	table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "probe"})
+	chain := conn.AddChain(&nftables.Chain{
+		Name: "prerouting", Table: table, Type: nftables.ChainTypeNAT,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest,
+	})
+	conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+		&expr.Immediate{Register: 1, Data: []byte{127, 0, 0, 1}},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1},
+	}})
+	if err := conn.Flush(); err != nil {
+		return nftError("nat chain", err)
 	}
 	return nil
 }

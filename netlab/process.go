@@ -29,8 +29,18 @@ type Program struct {
 	Ready func() error
 	// ReadyTimeout bounds that wait; zero means ten seconds.
 	ReadyTimeout time.Duration
+	// Stdin is copied to the program's standard input, for a configuration that
+	// must leave no file; nil is /dev/null. A reader that has not ended when the
+	// program has is waited for a second.
+	Stdin io.Reader
 	// Stdout and Stderr get a copy of the output; either may be nil.
 	Stdout, Stderr io.Writer
+	// Contain starts the program in a process-id namespace of its own, and all
+	// that it forks is killed when it ends or this process dies, whatever group,
+	// session or user it has made its own. It is for programs that fork, such as
+	// a master with workers. The program sees other process ids than the machine
+	// does: it is not itself that it finds at its own in /proc.
+	Contain bool
 }
 
 // Process is a program that runs on a host.
@@ -43,26 +53,37 @@ type Process struct {
 }
 
 // Start runs a program in the host's namespace and returns when it is ready. It
-// is killed when this process dies, however that happens, and when ctx ends. A
-// program that ends before it is ready, or is not ready in time, is an error
-// that quotes its output.
+// is killed when ctx ends and when this process dies, however that happens. When
+// it ends, what it has left in its process group is killed; see
+// [Program].Contain for programs that leave more. A program that ends before it
+// is ready, or is not ready in time, is an error that quotes its output.
 func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
 	proc := &Process{host: h, tail: &tail{}, done: make(chan struct{})}
 	cmd := exec.CommandContext(ctx, p.Path, p.Args...)
 	cmd.Env = append(os.Environ(), p.Env...)
 	cmd.Dir = p.Dir
+	cmd.Stdin = p.Stdin
 	cmd.Stdout = tee(proc.tail, p.Stdout)
 	cmd.Stderr = tee(proc.tail, p.Stderr)
 	cmd.WaitDelay = time.Second
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Pdeathsig: syscall.SIGKILL,
 		// A Ctrl-C at the terminal is for connlab, which then ends its programs in order.
 		Setpgid: true,
 	}
 	proc.cmd = cmd
+	start, end := cmd.Start, func() error { return nil }
+	if p.Contain {
+		c, err := newContainer()
+		if err != nil {
+			return nil, fmt.Errorf("starting %s: host %s: %w", p.Path, h.name, err)
+		}
+		start, end = func() error { return c.start(cmd) }, c.close
+	} else {
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	}
 	// The child inherits the namespace of the thread that forks.
-	if err := h.Do(cmd.Start); err != nil {
-		return nil, fmt.Errorf("starting %s: %w", p.Path, err)
+	if err := h.Do(start); err != nil {
+		return nil, fmt.Errorf("starting %s: %w", p.Path, errors.Join(err, end()))
 	}
 	h.lab.mu.Lock()
 	h.lab.procs[proc] = struct{}{}
@@ -71,6 +92,7 @@ func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
 		proc.err = cmd.Wait()
 		// What the program started and left behind would keep the namespace.
 		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
+		proc.err = errors.Join(proc.err, end())
 		h.lab.mu.Lock()
 		delete(h.lab.procs, proc)
 		h.lab.mu.Unlock()

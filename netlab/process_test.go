@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
@@ -179,6 +180,99 @@ func TestDownEndsProgramsAndTheirChildren(t *testing.T) {
 	require.NoError(t, lab.Down())
 	assert.Empty(t, processState(p.Pid()))
 	await(t, "the program's child is gone", func() (bool, any) { s := processState(child); return s == "", s })
+}
+
+func TestStdin(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	t.Run("is read to its end", func(t *testing.T) {
+		config := strings.Repeat("a line of configuration\n", 10_000) // more than a pipe holds
+		prog := sh("cat; echo end")
+		var out bytes.Buffer
+		prog.Stdin, prog.Stdout = strings.NewReader(config), &out
+		p, err := server.Start(t.Context(), prog)
+		require.NoError(t, err)
+		<-p.Done()
+		same := out.String() == config+"end\n"
+		assert.True(t, same, "%d bytes came back of %d", out.Len(), len(config))
+	})
+	t.Run("may be left unread", func(t *testing.T) {
+		prog := sh(`trap "exit 0" TERM; echo; while :; do sleep 0.01; done`)
+		prog.Stdin = strings.NewReader(strings.Repeat("x", 1<<20))
+		ready := make(chan struct{})
+		prog.Stdout = writerFunc(func([]byte) { close(ready) })
+		p, err := server.Start(t.Context(), prog)
+		require.NoError(t, err)
+		<-ready
+		assert.NoError(t, p.Stop(10*time.Second))
+	})
+	t.Run("none is an empty one", func(t *testing.T) {
+		p, err := server.Start(t.Context(), sh("cat; readlink /proc/self/fd/0"))
+		require.NoError(t, err)
+		<-p.Done()
+		assert.Equal(t, "/dev/null\n", p.Output())
+	})
+}
+
+func TestContain(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	mark := fmt.Sprintf("CONNLAB_MARK=contain-%d", os.Getpid())
+	name, value, _ := strings.Cut(mark, "=")
+	t.Setenv(name, value) // of all that is started here, what keeps the container included
+	start := func(t *testing.T, script string) *Process {
+		prog := sh(script)
+		prog.Contain = true
+		ready := make(chan struct{})
+		prog.Stdout = writerFunc(func([]byte) { close(ready) })
+		p, err := server.Start(t.Context(), prog)
+		require.NoError(t, err)
+		<-ready
+		return p
+	}
+	t.Run("it stands in the host's network, and its pid is the machine's", func(t *testing.T) {
+		p := start(t, `echo "$$ $(readlink /proc/self/ns/net)"; exec sleep 1000`)
+		pidInside, ns, _ := strings.Cut(strings.TrimSpace(p.Output()), " ")
+		assert.Equal(t, inode(t, server), ns)
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid()))
+		require.NoError(t, err)
+		assert.Contains(t, string(status), fmt.Sprintf("\nNSpid:\t%d\t%s\n", p.Pid(), pidInside))
+		assert.NotEqual(t, "1", pidInside, "the first process of a namespace would not die of SIGTERM")
+		assert.NoError(t, p.Stop(10*time.Second))
+	})
+	t.Run("signals do what they do otherwise", func(t *testing.T) {
+		p := start(t, "echo; exec sleep 1000")
+		require.NoError(t, p.Signal(unix.SIGSTOP))
+		await(t, "the program stops", func() (bool, any) {
+			s := processState(p.Pid())
+			return s == "T", s
+		})
+		assert.NoError(t, p.Stop(10*time.Second))
+		p = start(t, `trap "echo bad >&2; exit 4" TERM; echo; while :; do sleep 0.01; done`)
+		assert.ErrorContains(t, p.Stop(10*time.Second), ": exit status 4\nbad")
+		p = start(t, `trap "" TERM; echo; while :; do sleep 0.01; done`)
+		assert.ErrorContains(t, p.Stop(50*time.Millisecond), "did not end within 50ms of SIGTERM")
+		assert.Empty(t, marked(t, mark))
+	})
+	t.Run("all that it has forked ends with it", func(t *testing.T) {
+		p := start(t, "setsid sleep 1000 >/dev/null 2>&1 & echo; read forever")
+		<-p.Done() // read ends at once: standard input is empty
+		assert.Empty(t, marked(t, mark))
+	})
+	t.Run("what cannot be started leaves nothing", func(t *testing.T) {
+		p, err := server.Start(t.Context(), Program{Path: "/no/such", Contain: true})
+		assert.Nil(t, p)
+		require.EqualError(t, err, "starting /no/such: host server: fork/exec /no/such: no such file or directory")
+		assert.Empty(t, marked(t, mark))
+	})
+	t.Run("the next program is not contained", func(t *testing.T) {
+		p, err := server.Start(t.Context(), sh("readlink /proc/self/ns/pid"))
+		require.NoError(t, err)
+		<-p.Done()
+		own, err := os.Readlink("/proc/self/ns/pid")
+		require.NoError(t, err)
+		assert.Equal(t, own+"\n", p.Output())
+	})
 }
 
 func TestTailKeepsTheEnd(t *testing.T) {

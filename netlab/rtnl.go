@@ -39,6 +39,10 @@ func (r *rtnl) close() {
 	unix.Close(r.batch)
 }
 
+// loopback is the index of lo in every namespace (include/net/net_namespace.h,
+// LOOPBACK_IFINDEX).
+const loopback = 1
+
 func attrs(index int) netlink.LinkAttrs {
 	a := netlink.NewLinkAttrs()
 	a.Index = index
@@ -89,6 +93,24 @@ func (r *rtnl) addAddr(index int, p netip.Prefix) error {
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: a[:], Mask: net.CIDRMask(p.Bits(), 32)}}
 	if err := r.handle.AddrAdd(device(index), addr); err != nil {
 		return fmt.Errorf("address %v: %w", p, err)
+	}
+	return nil
+}
+
+// addRoute adds a route by way of an address, whose interface the kernel finds;
+// without one it makes every address of the prefix the host's own.
+func (r *rtnl) addRoute(to netip.Prefix, via netip.Addr) error {
+	dst := to.Addr().As4()
+	route := &netlink.Route{Dst: &net.IPNet{IP: dst[:], Mask: net.CIDRMask(to.Bits(), 32)}}
+	if via.IsValid() {
+		gateway := via.As4()
+		route.Gw = gateway[:]
+	} else {
+		route.LinkIndex = loopback
+		route.Type, route.Table, route.Scope = unix.RTN_LOCAL, unix.RT_TABLE_LOCAL, netlink.SCOPE_HOST
+	}
+	if err := r.handle.RouteAdd(route); err != nil {
+		return fmt.Errorf("route to %v: %w", to, err)
 	}
 	return nil
 }

@@ -1,16 +1,10 @@
 package netlab
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
-	"maps"
-	"math"
 	"net"
 	"net/netip"
 	"os"
-	"regexp"
-	"slices"
 	"time"
 )
 
@@ -18,6 +12,7 @@ import (
 type Topology struct {
 	Switches []SwitchSpec
 	Hosts    []HostSpec
+	Devices  []DeviceSpec
 }
 
 // SwitchSpec is one Ethernet segment: every host linked to it reaches every
@@ -33,6 +28,8 @@ type SwitchSpec struct {
 type HostSpec struct {
 	Name  string
 	Links []LinkSpec
+	// Routes are added when the links are operational.
+	Routes []RouteSpec
 	// Sysctls are set in the host's namespace before its links exist, and read
 	// back. Keys are dotted names below net, for example "net.core.somaxconn".
 	Sysctls map[string]string
@@ -64,12 +61,53 @@ type LinkSpec struct {
 // when the pump no longer uses them.
 type Pump func(a, b *os.File, link LinkSpec) (stop func() error, err error)
 
-// maxPorts is how many ports a bridge takes: BR_MAX_PORTS is 1<<10 and port
-// number 0 is not used (net/bridge/br_private.h, br_if.c find_portno).
-const maxPorts = 1<<10 - 1
+// RouteSpec is one route of a host, beside those to the subnets of its switches,
+// with which it must not overlap.
+type RouteSpec struct {
+	// To is the IPv4 prefix of the destinations.
+	To netip.Prefix
+	// Via is the address of a host or a device on a switch that the host is
+	// linked to. The zero Via makes every address of To the host's own, as
+	// `ip route add local PREFIX dev lo` does: a listener on the wildcard address
+	// accepts on all of them, and each can be bound (net/ipv4/fib_frontend.c,
+	// inet_addr_type; the kernel calls it AnyIP).
+	Via netip.Addr
+}
 
-// nameRE keeps names printable in metric names (host/Group.Name) and errors.
-var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,30}$`)
+// DeviceSpec is something on a switch that is no kernel: a port whose other end
+// is a function that reads and writes Ethernet frames, for example a balancer in
+// user space. No ARP is needed to reach it and it gets none: every host knows
+// its hardware address.
+type DeviceSpec struct {
+	Name string
+	// Switch is the name of the switch.
+	Switch string
+	// Addrs are the device's addresses; with none given it gets the lowest
+	// address of the switch's subnet that the hosts leave free.
+	Addrs []netip.Addr
+	// Attach runs the device.
+	Attach Attach
+}
+
+// Attach runs a device: it takes one frame with each read of port and gives one
+// to the switch with each write, until stop is called. The descriptor is
+// non-blocking; Attach does not own it: stop returns only when it is no longer
+// used. [Up] calls Attach when every link is operational, before it returns.
+type Attach func(port *os.File, at Port) (stop func() error, err error)
+
+// Port is what a device knows of its place. It is complete when Attach is
+// called and nothing changes it afterwards, so any thread may read it.
+type Port struct {
+	// Addrs are the device's own addresses.
+	Addrs []netip.Addr
+	// MAC is the hardware address at which the others reach all of Addrs.
+	MAC net.HardwareAddr
+	// MTU is the longest IP packet that the switch carries, in bytes.
+	MTU int
+	// Neighbour holds every address of every other host and device on the
+	// switch, with the hardware address that a frame for it must carry.
+	Neighbour map[netip.Addr]net.HardwareAddr
+}
 
 // Clients returns n hosts named prefix-001 … prefix-n, each with one link to
 // the switch and the next free address.
@@ -83,163 +121,4 @@ func Clients(n int, prefix, sw string, sysctls map[string]string) []HostSpec {
 		}
 	}
 	return hosts
-}
-
-// Check reports everything that is wrong with t, joined into one error, without
-// creating anything and without privilege.
-func (t Topology) Check() error {
-	_, err := t.plan()
-	return err
-}
-
-// plan is a checked topology: every address known.
-type plan struct {
-	addrs map[*LinkSpec][]netip.Addr
-}
-
-func (t Topology) plan() (plan, error) {
-	var errs []error
-	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-
-	names := map[string]string{}
-	claim := func(name, what string) {
-		if !nameRE.MatchString(name) {
-			bad("%s %q: a name is 1 to 31 lower-case letters, digits and dashes", what, name)
-		}
-		if other, taken := names[name]; taken {
-			bad("%s %q: the name is already that of a %s", what, name, other)
-		}
-		names[name] = what
-	}
-
-	switches := map[string]*segment{}
-	for i, s := range t.Switches {
-		claim(s.Name, "switch")
-		switches[s.Name] = nil // known, so that its links are not called unknown
-		switch {
-		case !s.Subnet.IsValid() || !s.Subnet.Addr().Is4():
-			bad("switch %q: subnet %v is not an IPv4 prefix", s.Name, s.Subnet)
-			continue
-		case s.Subnet.Bits() > 30:
-			bad("switch %q: subnet %v has no room for two hosts; use /30 or wider", s.Name, s.Subnet)
-			continue
-		}
-		for _, other := range t.Switches[:i] {
-			if other.Subnet.Overlaps(s.Subnet) {
-				bad("switch %q: subnet %v overlaps %v of switch %q", s.Name, s.Subnet, other.Subnet, other.Name)
-			}
-		}
-		switches[s.Name] = &segment{subnet: s.Subnet.Masked(), owner: map[netip.Addr]string{}}
-	}
-	if len(t.Hosts) == 0 {
-		bad("the topology has no hosts")
-	}
-
-	p := plan{addrs: map[*LinkSpec][]netip.Addr{}}
-	for i := range t.Hosts {
-		h := &t.Hosts[i]
-		claim(h.Name, "host")
-		for _, key := range slices.Sorted(maps.Keys(h.Sysctls)) {
-			if err := checkSysctl(key, h.Sysctls[key]); err != nil {
-				bad("host %q: %w", h.Name, err)
-			}
-		}
-		for j := range h.Links {
-			l := &h.Links[j]
-			seg, known := switches[l.Switch]
-			if !known {
-				bad("host %q: link to unknown switch %q", h.Name, l.Switch)
-			}
-			if seg == nil {
-				continue
-			}
-			if seg.ports++; seg.ports == maxPorts+1 {
-				bad("switch %q: a bridge takes at most %d links", l.Switch, maxPorts)
-			}
-			if l.Delay < 0 {
-				bad("host %q: link to %q: delay %v is negative", h.Name, l.Switch, l.Delay)
-			}
-			if math.IsNaN(l.Loss) || l.Loss < 0 || l.Loss > 1 {
-				bad("host %q: link to %q: loss %v is not a share between 0 and 1", h.Name, l.Switch, l.Loss)
-			}
-			if l.AlwaysPump && l.Pump == nil {
-				bad("host %q: link to %q: AlwaysPump without a Pump", h.Name, l.Switch)
-			}
-			for _, a := range l.Addrs {
-				if err := seg.take(a, h.Name); err != nil {
-					bad("host %q: %w", h.Name, err)
-				}
-			}
-			p.addrs[l] = l.Addrs
-		}
-	}
-	// Addresses that were asked for by name are taken first, so that counting
-	// up never collides with one that comes later in the list.
-	for i := range t.Hosts {
-		h := &t.Hosts[i]
-		for j := range h.Links {
-			l := &h.Links[j]
-			seg := switches[l.Switch]
-			if seg == nil || len(l.Addrs) > 0 {
-				continue
-			}
-			a, err := seg.next(h.Name)
-			if err != nil {
-				bad("host %q: switch %q: %w", h.Name, l.Switch, err)
-				return p, errors.Join(errs...) // each further host would say the same
-			}
-			p.addrs[l] = []netip.Addr{a}
-		}
-	}
-	return p, errors.Join(errs...)
-}
-
-// segment hands out the addresses of one switch.
-type segment struct {
-	subnet netip.Prefix
-	owner  map[netip.Addr]string
-	last   netip.Addr
-	ports  int
-}
-
-func (s *segment) take(a netip.Addr, host string) error {
-	switch {
-	case !s.subnet.Contains(a):
-		return fmt.Errorf("address %v is outside the switch's subnet %v", a, s.subnet)
-	case a == s.subnet.Addr() || a == broadcast(s.subnet):
-		return fmt.Errorf("address %v is the network or broadcast address of %v", a, s.subnet)
-	case s.owner[a] != "":
-		return fmt.Errorf("address %v is already that of host %q", a, s.owner[a])
-	}
-	s.owner[a] = host
-	return nil
-}
-
-func (s *segment) next(host string) (netip.Addr, error) {
-	a := s.last
-	if !a.IsValid() {
-		a = s.subnet.Addr()
-	}
-	for a = a.Next(); s.owner[a] != ""; a = a.Next() {
-	}
-	if !s.subnet.Contains(a) || a == broadcast(s.subnet) {
-		return a, fmt.Errorf("too many hosts for subnet %v, which has %d addresses", s.subnet, 1<<(32-s.subnet.Bits())-2)
-	}
-	s.last = a
-	s.owner[a] = host
-	return a, nil
-}
-
-func broadcast(p netip.Prefix) netip.Addr {
-	b := p.Masked().Addr().As4()
-	n := binary.BigEndian.Uint32(b[:]) | 1<<(32-p.Bits()) - 1
-	binary.BigEndian.PutUint32(b[:], n)
-	return netip.AddrFrom4(b)
-}
-
-// mac derives a locally administered unicast MAC from an address, so that
-// neighbours can be written down before any interface exists.
-func mac(a netip.Addr) net.HardwareAddr {
-	b := a.As4()
-	return net.HardwareAddr{0x02, 0x00, b[0], b[1], b[2], b[3]}
 }

@@ -3,6 +3,7 @@ package netlab
 import (
 	"math"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
@@ -32,6 +33,31 @@ func switches(nameThenSubnet ...string) (s []SwitchSpec) {
 
 func sysctls(key, value string) []HostSpec {
 	return []HostSpec{{Name: "a", Sysctls: map[string]string{key: value}}}
+}
+
+func nopAttach(*os.File, Port) (func() error, error) { return func() error { return nil }, nil }
+
+// dev is a device on the switch lan.
+func dev(name string, addrs ...string) DeviceSpec {
+	return DeviceSpec{Name: name, Switch: "lan", Addrs: at(addrs...).Addrs, Attach: nopAttach}
+}
+
+// routed is host a at 10.0.0.1 with routes, host b at .2 and a device at .3; on
+// another switch is a host at 10.0.1.1.
+func routed(toThenVia ...string) Topology {
+	a := host("a", at("10.0.0.1"))
+	for i := 0; i < len(toThenVia); i += 2 {
+		r := RouteSpec{To: netip.MustParsePrefix(toThenVia[i])}
+		if via := toThenVia[i+1]; via != "" {
+			r.Via = addr(via)
+		}
+		a.Routes = append(a.Routes, r)
+	}
+	return Topology{
+		Switches: switches("lan", "10.0.0.0/29", "wan", "10.0.1.0/29"),
+		Hosts:    []HostSpec{a, host("b", at("10.0.0.2")), host("c", LinkSpec{Switch: "wan"})},
+		Devices:  []DeviceSpec{dev("lb", "10.0.0.3")},
+	}
 }
 
 func TestCheck(t *testing.T) {
@@ -90,6 +116,35 @@ func TestCheck(t *testing.T) {
 		{"sysctls: a way out", Topology{Hosts: sysctls("net.ipv4.../../kernel.pid_max", "1")}, `host "a": sysctl "net.ipv4.../../kernel.pid_max": only dotted names below net. are per namespace`},
 		{"sysctls: without a value", Topology{Hosts: sysctls("net.core.somaxconn", " ")}, `host "a": sysctl net.core.somaxconn: empty value`},
 
+		{"devices: fine", Topology{Switches: small, Hosts: []HostSpec{host("a", at())}, Devices: []DeviceSpec{dev("lb", "10.0.0.2")}}, ""},
+		{"devices: a name of a host", Topology{Switches: small, Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{dev("a")}}, `device "a": the name is already that of a host`},
+		{"devices: two of a name", Topology{Switches: small, Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{dev("lb"), dev("lb")}}, `device "lb": the name is already that of a device`},
+		{"devices: a bad name", Topology{Switches: small, Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{dev("LB")}}, `device "LB": a name is 1 to 31 lower-case letters, digits and dashes`},
+		{"devices: unknown switch", Topology{Switches: switches("wan", "10.0.0.0/24"), Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{dev("lb")}}, `device "lb": link to unknown switch "lan"`},
+		{"devices: no switch", Topology{Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{{Name: "lb", Attach: nopAttach}}}, `device "lb": link to unknown switch ""`},
+		{"devices: nothing behind the port", Topology{Switches: small, Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{{Name: "lb", Switch: "lan"}}}, `device "lb": Attach is nil, so nothing would read its frames`},
+		{"devices: an address of a host", Topology{Switches: small, Hosts: []HostSpec{host("a", at("10.0.0.2"))}, Devices: []DeviceSpec{dev("lb", "10.0.0.2")}}, `device "lb": address 10.0.0.2 is already that of host "a"`},
+		{"devices: an address of another", Topology{Switches: small, Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{dev("l", "10.0.0.2"), dev("m", "10.0.0.2")}}, `device "m": address 10.0.0.2 is already that of device "l"`},
+		{"devices: an address outside", Topology{Switches: small, Hosts: []HostSpec{host("a")}, Devices: []DeviceSpec{dev("lb", "10.0.0.8")}}, `device "lb": address 10.0.0.8 is outside the switch's subnet 10.0.0.0/29`},
+		{"devices: they count up after the hosts", Topology{Switches: small, Hosts: Clients(6, "c", "lan", nil), Devices: []DeviceSpec{dev("lb")}}, `device "lb": switch "lan": too many hosts for subnet 10.0.0.0/29, which has 6 addresses`},
+		{"devices: they take ports", Topology{Switches: lan, Hosts: Clients(1023, "c", "lan", nil), Devices: []DeviceSpec{dev("lb")}}, `switch "lan": a bridge takes at most 1023 links`},
+		{"devices: no network of devices alone", Topology{Switches: small, Devices: []DeviceSpec{dev("lb")}}, "the topology has no hosts"},
+
+		{"routes: by a host, by a device, local", routed("10.8.0.0/16", "10.0.0.2", "10.9.0.0/16", "10.0.0.3", "10.10.0.0/16", ""), ""},
+		{"routes: local on a host without links", Topology{Hosts: []HostSpec{{Name: "alone", Routes: []RouteSpec{{To: netip.MustParsePrefix("10.9.0.0/16")}}}}}, ""},
+		{"routes: no prefix", Topology{Hosts: []HostSpec{{Name: "a", Routes: []RouteSpec{{}}}}}, `host "a": route to invalid Prefix: not an IPv4 prefix`},
+		{"routes: IPv6", routed("fd00::/64", ""), `host "a": route to fd00::/64: not an IPv4 prefix`},
+		{"routes: bits beyond the prefix, which the kernel refuses", routed("10.8.0.1/16", ""), `host "a": route to 10.8.0.1/16: the prefix is 10.8.0.0/16`},
+		{"routes: part of the subnet", routed("10.0.0.4/30", ""), `host "a": route to 10.0.0.4/30: it overlaps subnet 10.0.0.0/29 of switch "lan"`},
+		{"routes: all of the subnet", routed("10.0.0.0/8", "10.0.0.2"), `host "a": route to 10.0.0.0/8: it overlaps subnet 10.0.0.0/29 of switch "lan"`},
+		{"routes: overlap", routed("10.8.0.0/16", "10.0.0.2", "10.8.1.0/24", ""), `host "a": route to 10.8.1.0/24: it overlaps the route to 10.8.0.0/16`},
+		{"routes: twice", routed("10.8.0.0/16", "10.0.0.2", "10.8.0.0/16", "10.0.0.2"), `host "a": route to 10.8.0.0/16: it overlaps the route to 10.8.0.0/16`},
+		{"routes: via nobody", routed("10.8.0.0/16", "10.0.0.5"), `host "a": route to 10.8.0.0/16: via 10.0.0.5: nobody on switch "lan" has that address`},
+		{"routes: via the broadcast address", routed("10.8.0.0/16", "10.0.0.7"), `host "a": route to 10.8.0.0/16: via 10.0.0.7: nobody on switch "lan" has that address`},
+		{"routes: via itself", routed("10.8.0.0/16", "10.0.0.1"), `host "a": route to 10.8.0.0/16: via 10.0.0.1: that is the host's own address; leave Via out for a local route`},
+		{"routes: via a switch further on", routed("10.8.0.0/16", "10.0.1.1"), `host "a": route to 10.8.0.0/16: via 10.0.1.1: it is on no switch that the host is linked to`},
+		{"routes: via IPv6", routed("10.8.0.0/16", "fd00::1"), `host "a": route to 10.8.0.0/16: via fd00::1: it is on no switch that the host is linked to`},
+
 		{"several at once, in order", Topology{Hosts: []HostSpec{host("a"), host("a"), host("b", at())}}, "host \"a\": the name is already that of a host\nhost \"b\": link to unknown switch \"lan\""},
 	} {
 		t.Run(row.reason, func(t *testing.T) {
@@ -112,6 +167,7 @@ func TestPlanFindsFreeAddresses(t *testing.T) {
 			host("c", at("10.0.0.1", "10.0.0.3")), // asked for by name: taken before a and b count up
 			host("d", at()),
 		},
+		Devices: []DeviceSpec{dev("e", "10.0.0.6"), dev("f")},
 	}
 	p, err := top.plan()
 	require.NoError(t, err)
@@ -121,7 +177,10 @@ func TestPlanFindsFreeAddresses(t *testing.T) {
 			got = append(got, p.addrs[&top.Hosts[i].Links[j]])
 		}
 	}
-	want := [][]netip.Addr{{addr("10.0.0.2")}, {addr("10.0.0.4")}, {addr("10.0.1.1")}, {addr("10.0.0.1"), addr("10.0.0.3")}, {addr("10.0.0.5")}}
+	for i := range top.Devices {
+		got = append(got, p.deviceAddrs[&top.Devices[i]])
+	}
+	want := [][]netip.Addr{{addr("10.0.0.2")}, {addr("10.0.0.4")}, {addr("10.0.1.1")}, {addr("10.0.0.1"), addr("10.0.0.3")}, {addr("10.0.0.5")}, {addr("10.0.0.6")}, {addr("10.0.0.7")}}
 	assert.Empty(t, cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })))
 }
 

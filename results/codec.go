@@ -218,7 +218,7 @@ func (p *Prediction) check(variant Verdict) error {
 			return fmt.Errorf("input %s is %v", name, p.Inputs[name])
 		}
 	}
-	return p.Tolerance.check()
+	return p.Tolerance.check(p.Predicted)
 }
 
 func (v Verdict) check() error {

@@ -27,6 +27,22 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
+// A tolerance keeps its level and trials, and others do not get any.
+func TestRoundTripOfRandomOutcomes(t *testing.T) {
+	rec := randomRecord(2, 40)
+	var b bytes.Buffer
+	require.NoError(t, Write(&b, rec))
+	back, err := Read(&b)
+	require.NoError(t, err)
+	if diff := cmp.Diff(rec, back, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("after a round trip (-want +got):\n%s", diff)
+	}
+	b.Reset()
+	require.NoError(t, Write(&b, sampleRecord()))
+	assert.NotContains(t, b.String(), `"level"`)
+	assert.NotContains(t, b.String(), `"trials"`)
+}
+
 // The schema has lists and objects where Go has nil.
 func TestWriteHasNoNullButMeasurements(t *testing.T) {
 	rec := &Record{Schema: Schema, Incident: "x", Variants: []Variant{{Name: "v", Role: Control}}}
@@ -81,6 +97,23 @@ func TestRecordChecks(t *testing.T) {
 			`unknown tolerance "roughly"`},
 		{"an exact tolerance with an amount", func(r *Record) { r.Variants[1].Predictions[0].Tolerance.Kind = KindExact },
 			`tolerance "exact" takes no amount, not 0.05`},
+		{"a level for no test", func(r *Record) { r.Variants[1].Predictions[0].Tolerance.Level = 0.05 },
+			`tolerance "within" takes no level, not 0.05`},
+		{"trials for no binomial", func(r *Record) { r.Variants[1].Predictions[0].Tolerance.Trials = 5 },
+			`tolerance "within" takes no trials, not 5`},
+		{"a test with an amount", func(r *Record) {
+			r.Variants[1].Predictions[0].Tolerance = Tolerance{Kind: KindPoisson, Amount: 0.1, Level: 0.05}
+		}, `tolerance "poisson" takes no amount, not 0.1`},
+		{"a test without a level", func(r *Record) { r.Variants[1].Predictions[0].Tolerance = Poisson(0) },
+			`tolerance "poisson" needs a level between 0 and 1, not 0`},
+		{"a level that refutes everything", func(r *Record) { r.Variants[1].Predictions[0].Tolerance = Poisson(1) },
+			`tolerance "poisson" needs a level between 0 and 1, not 1`},
+		{"a level that is no number", func(r *Record) { r.Variants[1].Predictions[0].Tolerance = Poisson(nan) },
+			`tolerance "poisson" needs a level between 0 and 1, not NaN`},
+		{"no trials", func(r *Record) { r.Variants[1].Predictions[0].Tolerance = Binomial(0, 0.05) },
+			`tolerance "binomial" needs 1 to 1,000,000,000 trials, not 0`},
+		{"fewer trials than expected successes", func(r *Record) { r.Variants[1].Predictions[0].Tolerance = Binomial(810, 0.05) },
+			`tolerance "binomial" needs an expected count between 0 and 810, not 811`},
 		{"a metric that is no number", func(r *Record) { r.Variants[1].Metrics["x"] = Metric{nan, "s"} }, `metric "x" is NaN`},
 		{"a series too long", func(r *Record) { r.Variants[0].Series[0].Points = make([]Point, MaxPoints+1) },
 			`series "accept queue depth" has 201 points`},
@@ -147,7 +180,9 @@ func FuzzRead(f *testing.F) {
 		`{"schema":"connlab.record/1","incident":"x","started":"9999-12-31T23:59:59-23:00","variants":null}`,
 		`{"schema":"connlab.record/1","incident":"x","started":"2026-11-22T13:24:00.5+02:00","seed":18446744073709551615,"variants":[
 			{"name":"v","role":"fix","verdict":"void","reason":"r","predictions":[{"metric":"m","predicted":-0,"inputs":null,
-			"tolerance":{"kind":"within","amount":1e-300},"verdict":"void"}],"metrics":{"\u0000":{"value":1e308}},"series":[{"points":null}]}]}`,
+			"tolerance":{"kind":"within","amount":1e-300},"verdict":"void"},{"metric":"n","predicted":2.33,
+			"tolerance":{"kind":"poisson","level":1e-4},"verdict":"void"},{"metric":"o","predicted":1e-300,
+			"tolerance":{"kind":"binomial","level":1e-300,"trials":1000000000},"verdict":"void"}],"metrics":{"\u0000":{"value":1e308}},"series":[{"points":null}]}]}`,
 	} {
 		f.Add([]byte(seed))
 	}

@@ -52,7 +52,9 @@ type MetricComparison struct {
 }
 
 // Compare sets b beside a, which is the older or the reference. Both must have
-// been judged.
+// been judged. Differences between what the two measured are shown and never
+// judged: two counts of one random outcome differ by chance, and whether each
+// came out as its formula says is told by the verdicts alone.
 func Compare(a, b *Record) Comparison {
 	c := Comparison{
 		A:           Side{a.heading(), a.Verdict()},

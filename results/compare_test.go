@@ -149,6 +149,22 @@ func TestCompareWarnsOfOtherExperiments(t *testing.T) {
 	}
 }
 
+// Two counts of one random outcome differ by chance: that is shown, and no
+// regression.
+func TestCompareRandomOutcomes(t *testing.T) {
+	c := Compare(randomRecord(2, 40), randomRecord(5, 63))
+	assert.Empty(t, c.Warnings)
+	assert.False(t, c.Regressed(), "%v", c.Regressions)
+	require.Len(t, c.Variants, 1)
+	assert.Equal(t, new(3.0), c.Variants[0].Metrics[0].Difference)
+
+	c = Compare(randomRecord(2, 40), randomRecord(11, 40))
+	assert.Equal(t, []string{
+		"incident: held in a, refuted in b",
+		"incident detector/Collisions: held in a, refuted in b",
+	}, c.Regressions)
+}
+
 func TestChange(t *testing.T) {
 	assert.Equal(t, "held", change(Held, Held))
 	assert.Equal(t, "held → void", change(Held, Void))

@@ -16,8 +16,10 @@
 //     inputs are there for people to check it by;
 //   - guess: an absent measurement is null, never zero, and a measurement in
 //     another unit than the prediction's is no measurement of it;
-//   - do statistics: a prediction states its tolerance beforehand, and nothing
-//     here widens it;
+//   - estimate: a prediction states its tolerance beforehand, and nothing here
+//     widens it or fits one to what was measured. The only statistics are the
+//     exact tests of [Poisson] and [Binomial], whose level is part of the
+//     prediction;
 //   - overwrite: [Save] always makes a new file.
 //
 // [Save] rests on O_TMPFILE (open(2), Linux 3.11) and on linkat(2) with

@@ -92,17 +92,42 @@ func (p *Prediction) errorText() string {
 	return text
 }
 
+// toleranceText is the tolerance in a cell of the table: of a test, the counts
+// that it lets hold.
+func (p *Prediction) toleranceText() string {
+	if !p.Tolerance.random() {
+		return p.Tolerance.String()
+	}
+	low, high := p.Tolerance.Band(p.Predicted)
+	if math.IsNaN(low) {
+		return "none"
+	}
+	return formatNumber(low) + "–" + formatNumber(high)
+}
+
+// allowed is the tolerance in running text.
+func (p *Prediction) allowed() string {
+	if p.Tolerance.random() {
+		return p.toleranceText() + " by " + p.Tolerance.String()
+	}
+	return p.Tolerance.String()
+}
+
 // identifier matches a name in a formula, Greek letters and subscripts included.
 var identifier = regexp.MustCompile(`[\p{L}_][\p{L}\p{N}_]*`)
 
 // explain writes a formula with its inputs put in, "a·b = 2·3". Where the
 // formula does not spell every input as a word of its own ("λT"), it lists them
-// instead. The note follows.
+// instead. The note follows, and the test if it takes one to judge.
 func (p *Prediction) explain() string {
-	if p.Note == "" {
-		return p.calculation()
+	text := p.calculation()
+	if p.Note != "" {
+		text += ": " + p.Note
 	}
-	return p.calculation() + ": " + p.Note
+	if p.Tolerance.random() {
+		text += "; " + p.Tolerance.String()
+	}
+	return text
 }
 
 func (p *Prediction) calculation() string {

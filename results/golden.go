@@ -9,7 +9,9 @@ import (
 // what a run must reproduce: the schema, the incident, the set of variants with
 // their roles and verdicts, and for each its predictions with metric, formula,
 // predicted value, tolerance and verdict. What a run measures, and the kernel and
-// the time of it, are its own. No difference gives an empty list.
+// the time of it, are its own. No difference gives an empty list. A prediction
+// judged by a test at some level departs from its golden verdict by chance with a
+// probability of at most that level.
 func CheckGolden(golden, rec *Record) []string {
 	var diffs diffList
 	diffs.compare("schema", golden.Schema, rec.Schema)

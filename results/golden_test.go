@@ -47,6 +47,11 @@ func TestCheckGolden(t *testing.T) {
 			[]string{`incident: server/Drops.FirstAttempt (within): formula: golden "max(0, λ·T − (B+1))", got "λ·T"`}},
 		{"a tolerance that was widened", func(r *Record) { r.Variants[0].Predictions[0].Tolerance = Within(0.5) },
 			[]string{"incident: server/Drops.FirstAttempt (within): golden allows ±5 %, got ±50 %"}},
+		{"a test in place of a share", func(r *Record) { r.Variants[0].Predictions[0].Tolerance = Poisson(1e-4) },
+			[]string{
+				"incident: server/Drops.FirstAttempt (within) is not predicted",
+				"incident: server/Drops.FirstAttempt (poisson) is not in the golden record",
+			}},
 		{"a claim was dropped", func(r *Record) { r.Variants[0].Predictions = r.Variants[0].Predictions[:2] },
 			[]string{"incident: clients/Connect.RetriedAfterTheFirstSecondOfTheStall (at-least) is not predicted"}},
 		{"a claim was added about the same metric", func(r *Record) {
@@ -61,4 +66,23 @@ func TestCheckGolden(t *testing.T) {
 		got := CheckGolden(sampleRecord(), rec)
 		assert.Equal(t, tt.want, got, tt.why)
 	}
+}
+
+// A random outcome comes out otherwise each time; only its verdict, its mean and
+// its test must be the same.
+func TestCheckGoldenOfRandomOutcomes(t *testing.T) {
+	golden := randomRecord(2, 40)
+	assert.Empty(t, CheckGolden(golden, randomRecord(5, 63)), "other counts, which hold too")
+	assert.Equal(t, []string{
+		`incident: verdict: golden "held", got "refuted"`,
+		`incident: detector/Collisions (poisson): verdict: golden "held", got "refuted"`,
+	}, CheckGolden(golden, randomRecord(11, 40)))
+
+	weaker := randomRecord(2, 40)
+	weaker.Variants[0].Predictions[0].Tolerance.Level = 1e-6
+	weaker.Variants[0].Predictions[1].Tolerance.Trials = 200
+	assert.Equal(t, []string{
+		"incident: detector/Collisions (poisson): golden allows Poisson test, level 0.01 %, got Poisson test, level 0.0001 %",
+		"incident: detector/Rounds.WithTimeout (binomial): golden allows binomial test, 100 trials, level 1 %, got binomial test, 200 trials, level 1 %",
+	}, CheckGolden(golden, weaker))
 }

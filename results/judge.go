@@ -96,7 +96,7 @@ func (p *Prediction) judge(metrics map[string]Metric) string {
 	if !isFinite(p.Predicted) {
 		return fmt.Sprintf("%s: predicted %v, which is no prediction", p.Metric, p.Predicted)
 	}
-	if err := p.Tolerance.check(); err != nil {
+	if err := p.Tolerance.check(p.Predicted); err != nil {
 		return fmt.Sprintf("%s: %v", p.Metric, err)
 	}
 	m, ok := metrics[p.Metric]
@@ -118,7 +118,7 @@ func (p *Prediction) judge(metrics map[string]Metric) string {
 	}
 	p.Verdict = Refuted
 	return fmt.Sprintf("%s: predicted %s, measured %s (%s, allowed %s)", p.Metric,
-		withUnit(p.Predicted, p.Unit), withUnit(m.Value, p.Unit), p.errorText(), p.Tolerance)
+		withUnit(p.Predicted, p.Unit), withUnit(m.Value, p.Unit), p.errorText(), p.allowed())
 }
 
 // relativeError follows the convention at [Prediction].Error. A quotient too

@@ -42,6 +42,19 @@ func TestToleranceAllows(t *testing.T) {
 		{"below", AtMost(), 71, 0, true},
 		{"above", AtMost(), 71, 72, false},
 
+		{"the highest count that the test lets hold", Poisson(1e-4), 23.3, 44, true},
+		{"one more", Poisson(1e-4), 23.3, 45, false},
+		{"the lowest", Poisson(1e-4), 23.3, 7, true},
+		{"one fewer", Poisson(1e-4), 23.3, 6, false},
+		{"a higher level refutes sooner", Poisson(0.05), 23.3, 44, false},
+		{"half a collision is no count", Poisson(1e-4), 23.3, 23.5, false},
+		{"impossible but for none", Poisson(1e-4), 0, 1, false},
+		{"not a single success of three where half are expected", Binomial(3, 0.2), 1.5, 0, true},
+		{"of ten", Binomial(10, 0.2), 5, 0, false},
+		{"more than there are trials", Binomial(3, 1e-300), 1.5, 4, false},
+		{"a level that is none allows nothing", Poisson(0), 5, 5, false},
+		{"more expected than there are trials allows nothing", Binomial(3, 0.05), 4, 3, false},
+
 		{"no tolerance allows nothing", Tolerance{}, 1, 1, false},
 		{"nothing near NaN", PlusMinus(1e300), 1, nan, false},
 	}
@@ -55,6 +68,7 @@ func TestToleranceString(t *testing.T) {
 	tests := map[string]Tolerance{
 		"exact": Exactly(), "±5 %": Within(0.05), "±7 %": Within(0.07), "±0.25 %": Within(0.0025),
 		"±3": PlusMinus(3), "±1,500": PlusMinus(1500), "≥": AtLeast(), "≤": AtMost(), "none": {},
+		"Poisson test, level 0.01 %": Poisson(1e-4), "binomial test, 1,000 trials, level 5 %": Binomial(1000, 0.05),
 	}
 	for want, tolerance := range tests {
 		assert.Equal(t, want, tolerance.String())
@@ -163,6 +177,29 @@ func TestJudge(t *testing.T) {
 			want: Void, reason: `server/Drops: tolerance "plus-minus" cannot have the amount -1`, verdicts: []Verdict{Void}, errors: []*float64{nil},
 		},
 		{
+			why:         "a random outcome within the band of its test",
+			predictions: []Prediction{predict(23.3, Poisson(1e-4))}, metrics: measure(7),
+			want: Held, reason: "1 of 1 predictions held", verdicts: []Verdict{Held}, errors: []*float64{new((7 - 23.3) / 23.3)},
+		},
+		{
+			why:         "half the formula's mean is refuted, with the band that it missed",
+			predictions: []Prediction{predict(116.5, Poisson(1e-4))}, metrics: measure(58),
+			want: Refuted, reason: "server/Drops: predicted 116.5 SYNs, measured 58 SYNs (-50.2 %, allowed 77–161 by Poisson test, level 0.01 %)",
+			verdicts: []Verdict{Refuted}, errors: []*float64{new((58 - 116.5) / 116.5)},
+		},
+		{
+			why:         "a mean below 0 is no mean of counts",
+			predictions: []Prediction{predict(-1, Poisson(1e-4))}, metrics: measure(0),
+			want: Void, reason: `server/Drops: tolerance "poisson" needs an expected count between 0 and 1,000,000,000, not -1`,
+			verdicts: []Verdict{Void}, errors: []*float64{nil},
+		},
+		{
+			why:         "more successes expected than trials",
+			predictions: []Prediction{predict(21, Binomial(20, 1e-4))}, metrics: measure(20),
+			want: Void, reason: `server/Drops: tolerance "binomial" needs an expected count between 0 and 20, not 21`,
+			verdicts: []Verdict{Void}, errors: []*float64{nil},
+		},
+		{
 			why:         "a formula that gave NaN predicted nothing",
 			predictions: []Prediction{predict(nan, Within(0.05))}, metrics: measure(5),
 			want: Void, reason: "server/Drops: predicted NaN, which is no prediction", verdicts: []Verdict{Void}, errors: []*float64{nil},
@@ -232,7 +269,7 @@ func TestJudgeIsIdempotent(t *testing.T) {
 	const seed = 20261122
 	rng := rand.New(rand.NewPCG(seed, 0))
 	pick := func(values ...float64) float64 { return values[rng.IntN(len(values))] }
-	tolerances := []Tolerance{Exactly(), Within(0.05), PlusMinus(3), AtLeast(), AtMost(), {}, Within(-1)}
+	tolerances := []Tolerance{Exactly(), Within(0.05), PlusMinus(3), AtLeast(), AtMost(), {}, Within(-1), Poisson(0.01), Binomial(150, 0.01)}
 	names := []string{"a", "b", "c"}
 	units := []string{"", "s", "SYNs"}
 

@@ -86,6 +86,35 @@ func drops(backlog, stall float64) Prediction {
 	}
 }
 
+// randomRecord is a judged record of two random outcomes, a Poisson count of mean
+// 2.33 and a binomial one of mean 50.
+func randomRecord(collisions, rounds float64) *Record {
+	rec := &Record{
+		Schema: Schema, Kernel: "6.18.44", Incident: "collision",
+		Variants: []Variant{{
+			Name: "incident", Role: Incident,
+			Predictions: []Prediction{
+				{
+					Metric: "detector/Collisions", Formula: "k·(n/k)·(n/k−1)/2/P", Note: "of one round",
+					Inputs:    map[string]float64{"n": 1000, "k": 15, "P": 14116},
+					Predicted: 2.33, Unit: "collisions", Tolerance: Poisson(1e-4),
+				},
+				{
+					Metric: "detector/Rounds.WithTimeout", Formula: "rounds·p",
+					Inputs:    map[string]float64{"rounds": 100, "p": 0.5},
+					Predicted: 50, Unit: "rounds", Tolerance: Binomial(100, 0.01),
+				},
+			},
+			Metrics: map[string]Metric{
+				"detector/Collisions":         {collisions, "collisions"},
+				"detector/Rounds.WithTimeout": {rounds, "rounds"},
+			},
+		}},
+	}
+	rec.Judge()
+	return rec
+}
+
 // clone copies a record deeply, by way of its JSON.
 func clone(t *testing.T, rec *Record) *Record {
 	t.Helper()

@@ -95,7 +95,7 @@ func (p *Prediction) row() []string {
 	if p.Measured != nil {
 		measured = withUnit(*p.Measured, p.Unit)
 	}
-	return []string{p.Metric, withUnit(p.Predicted, p.Unit), measured, p.errorText(), p.Tolerance.String(), string(p.Verdict)}
+	return []string{p.Metric, withUnit(p.Predicted, p.Unit), measured, p.errorText(), p.toleranceText(), string(p.Verdict)}
 }
 
 // parameterText lists parameters by name, or is empty if there are none.

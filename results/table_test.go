@@ -24,6 +24,20 @@ func TestWriteTable(t *testing.T) {
 	}
 }
 
+// A test is shown with the counts that it lets hold.
+func TestWriteTableOfRandomOutcomes(t *testing.T) {
+	var b strings.Builder
+	require.NoError(t, WriteTable(&b, randomRecord(11, 40), TableOptions{}))
+	compareWithFile(t, "table-random.txt", b.String())
+	assertNarrow(t, b.String())
+
+	rec := randomRecord(2, 40)
+	rec.Variants[0].Predictions[0].Predicted = -1
+	b.Reset()
+	require.NoError(t, WriteTable(&b, rec, TableOptions{}), "what cannot be judged can be shown")
+	assertNarrow(t, b.String())
+}
+
 // Colour adds escape codes and nothing else.
 func TestWriteTableColor(t *testing.T) {
 	var plain, coloured strings.Builder

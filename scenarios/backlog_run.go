@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"time"
@@ -125,7 +126,7 @@ func (b *backlog) hold(ctx context.Context, t *target, from []loadgen.Source) (*
 		return nil, nil
 	}
 	held, report, err := loadgen.Hold(ctx, loadgen.Config{
-		Target: t.addr, Sources: from,
+		Targets: []netip.AddrPort{t.addr}, Sources: from,
 		Schedule: loadgen.Constant(holdRate, time.Minute).First(b.Held),
 	})
 	if err != nil {
@@ -161,7 +162,7 @@ type backlogRun struct {
 func (r *backlogRun) drive(ctx context.Context, opt Options, from []loadgen.Source, held *loadgen.Held) error {
 	b := r.b
 	cfg := loadgen.Config{
-		Target: r.target.addr, Sources: from, Schedule: b.load(),
+		Targets: []netip.AddrPort{r.target.addr}, Sources: from, Schedule: b.load(),
 		ConnectTimeout: b.Timeout, ReplyTimeout: b.Timeout,
 		MaxInFlight: b.clients(),
 		OnOp:        func(op loadgen.Op) { r.ops = append(r.ops, op) },

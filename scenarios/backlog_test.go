@@ -1,9 +1,6 @@
 package scenarios
 
 import (
-	"bytes"
-	"errors"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -14,12 +11,11 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"connlab/netlab"
 	"connlab/results"
 )
 
 // goldenRules are those of the kernel that results/golden was recorded on.
-var goldenRules = KernelRules{LinearSYNTimeouts: 4, TimerRounding: 32 * time.Millisecond}
+var goldenRules = KernelRules{LinearSYNTimeouts: 4, TimerRounding: 32 * time.Millisecond, ConnectPortStep: 2}
 
 // TestBacklog reproduces incident 1: every variant against the mini server, and
 // the heart of it against a real redis-server in the same place.
@@ -32,7 +28,7 @@ func TestBacklog(t *testing.T) {
 		{ServerRedis, []string{"incident", "backlog-2900", "late-ack-abort"}},
 	} {
 		t.Run(tt.server, func(t *testing.T) {
-			rec := run(t, Options{Server: tt.server, Variants: tt.variants})
+			rec := run(t, &Backlog, Options{Server: tt.server, Variants: tt.variants})
 			for _, v := range rec.Variants {
 				assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
 			}
@@ -49,13 +45,13 @@ func TestBacklog(t *testing.T) {
 // claims, and so does a wrong formula.
 func TestBacklogCanFail(t *testing.T) {
 	t.Run("no stall", func(t *testing.T) {
-		rec := run(t, Options{Variants: []string{"incident"}, Set: []string{"stall=0s", "held=100"}})
+		rec := run(t, &Backlog, Options{Variants: []string{"incident"}, Set: []string{"stall=0s", "held=100"}})
 		v := rec.Variants[0]
 		assert.Equal(t, results.Refuted, v.Verdict, v.Reason)
 		assert.Contains(t, v.Reason, metricSymptom)
 	})
 	t.Run("places without the one more", func(t *testing.T) {
-		rec := run(t, Options{Variants: []string{"late-ack-abort"}})
+		rec := run(t, &Backlog, Options{Variants: []string{"late-ack-abort"}})
 		v := rec.Variants[0]
 		require.Equal(t, results.Held, v.Verdict, v.Reason)
 		for i := range v.Predictions {
@@ -169,36 +165,6 @@ func TestPrepare(t *testing.T) {
 		assert.Equal(t, []string{"backlog=2048"}, arms[0].overridden)
 		assert.Equal(t, 700, arms[0].experiment.(*backlog).Backlog)
 	})
-}
-
-// run runs a scenario as `connlab run` does, saves the record and reads it back.
-func run(t *testing.T, opt Options) *results.Record {
-	t.Helper()
-	require.NoError(t, stamp())
-	opt.Progress = func(line string) { t.Log(line) }
-	rec, err := Run(t.Context(), &Backlog, opt)
-	if need, is := errors.AsType[*netlab.NeedError](err); is {
-		skip(t, need.Error())
-	}
-	require.NoError(t, err)
-
-	path, err := results.Save(runs, rec)
-	require.NoError(t, err)
-	rec, err = results.Load(path)
-	require.NoError(t, err)
-	var table bytes.Buffer
-	require.NoError(t, results.WriteTable(&table, rec, results.TableOptions{Charts: true}))
-	show(t, table.String())
-	return rec
-}
-
-// skip ends a test that cannot run here; under CONNLAB_STRICT that is a failure.
-func skip(t *testing.T, reason string) {
-	t.Helper()
-	if os.Getenv("CONNLAB_STRICT") == "1" {
-		t.Fatal("CONNLAB_STRICT=1 and this would be skipped: " + reason)
-	}
-	t.Skip(reason)
 }
 
 func variantNames() []string {

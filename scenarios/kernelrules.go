@@ -2,6 +2,7 @@ package scenarios
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"connlab/netlab"
 )
 
 // KernelRules is what a prediction must know of the running kernel: where
@@ -22,17 +25,33 @@ type KernelRules struct {
 	// TimerRounding is by how much a timer of about one second fires late at
 	// most: the timer wheel rounds up to the granularity of its level.
 	TimerRounding time.Duration
+	// ConnectPortStep is how far apart the local ports are that connect(2) takes
+	// first: 2 since Linux 4.2, which leaves the others to bind(2), 1 before
+	// (net/ipv4/inet_hashtables.c, __inet_hash_connect).
+	ConnectPortStep int
 }
 
 // ReadKernelRules reads them. A new network namespace starts with the kernel's
 // own defaults, not with the host's settings, so the default is what counts.
 func ReadKernelRules() KernelRules {
-	r := KernelRules{TimerRounding: timerRounding(tick())}
+	r := KernelRules{TimerRounding: timerRounding(tick()), ConnectPortStep: 1}
+	if releaseAtLeast(netlab.Kernel(), 4, 2) {
+		r.ConnectPortStep = 2
+	}
 	const linear = "/proc/sys/net/ipv4/tcp_syn_linear_timeouts"
 	if _, err := os.Stat(linear); !errors.Is(err, fs.ErrNotExist) {
 		r.LinearSYNTimeouts = 4 // net/ipv4/tcp_ipv4.c, tcp_sk_init
 	}
 	return r
+}
+
+// releaseAtLeast compares a kernel release such as "6.18.44-generic" with a version.
+func releaseAtLeast(release string, major, minor int) bool {
+	var a, b int
+	if n, _ := fmt.Sscanf(release, "%d.%d", &a, &b); n < 2 {
+		return true // no kernel that can run this fails to say
+	}
+	return a > major || a == major && b >= minor
 }
 
 // tick is one jiffy: the resolution of the coarse clocks (kernel/time/posix-timers.c).
@@ -48,7 +67,7 @@ func tick() time.Duration {
 // second: level n takes timers of 63·8^(n−1) jiffies and more and counts in 8^n
 // jiffies (kernel/time/timer.c, LVL_START and LVL_GRAN).
 func timerRounding(tick time.Duration) time.Duration {
-	jiffies := int64(initialSYNTimeout / tick)
+	jiffies := int64(netlab.InitialSYNTimeout / tick)
 	gran := int64(1)
 	for jiffies >= 63*gran {
 		gran *= 8
@@ -56,24 +75,10 @@ func timerRounding(tick time.Duration) time.Duration {
 	return time.Duration(gran) * tick
 }
 
-// initialSYNTimeout is TCP_TIMEOUT_INIT (include/net/tcp.h; RFC 6298 section 2.1).
-const initialSYNTimeout = time.Second
-
 // SYNRetries returns when the first n retransmissions of a SYN go out, counted
-// from connect(): 1, 2, 3, 4, 5, 7, 11 … s with four linear timeouts, 1, 3, 7,
-// 15 … s with none (net/ipv4/tcp_timer.c, tcp_retransmit_timer).
+// from connect(): see [netlab.SYNRetries].
 func (r KernelRules) SYNRetries(n int) []time.Duration {
-	times := make([]time.Duration, n)
-	var at time.Duration
-	timeout := initialSYNTimeout
-	for i := range times {
-		at += timeout
-		times[i] = at
-		if i >= r.LinearSYNTimeouts {
-			timeout *= 2
-		}
-	}
-	return times
+	return netlab.SYNRetries(r.LinearSYNTimeouts, n)
 }
 
 // spellRetries writes retry times for people: "1, 2, 3, 4, 5, 7 s".

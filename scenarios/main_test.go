@@ -3,6 +3,7 @@ package scenarios
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/signal"
@@ -14,20 +15,30 @@ import (
 	"golang.org/x/sys/unix"
 
 	"connlab/server"
+	"connlab/server/proxy"
 )
 
-// TestMain makes the test binary the mini server when a scenario runs it as
-// that: what is under test is a process of its own, as in `connlab run`. As
-// killable it is a whole run, to be killed.
+// programs are what a scenario starts as processes of their own: the verbs of
+// connlab that the test binary takes, too.
+var programs = map[string]func(ctx context.Context, args []string, stdout, stderr io.Writer) int{
+	"server": server.Main,
+	"proxy":  proxy.Main,
+}
+
+// TestMain makes the test binary the program that a scenario runs it as: what is
+// under test is a process of its own, as in `connlab run`. As killable it is a
+// whole run, to be killed.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == killable {
 		os.Exit(runKillable(os.Args[2]))
 	}
-	if len(os.Args) > 1 && os.Args[1] == "server" {
-		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
-		code := server.Main(ctx, os.Args[2:], os.Stdout, os.Stderr)
-		stop()
-		os.Exit(code)
+	if len(os.Args) > 1 {
+		if program := programs[os.Args[1]]; program != nil {
+			ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+			code := program(ctx, os.Args[2:], os.Stdout, os.Stderr)
+			stop()
+			os.Exit(code)
+		}
 	}
 	code := m.Run()
 	if stamped {

@@ -53,7 +53,7 @@ type Experiment interface {
 }
 
 // All lists every scenario, in the order of the articles.
-var All = []*Scenario{&Backlog}
+var All = []*Scenario{&Backlog, &TupleCollision}
 
 // ErrUsage is wrapped by every error about what the caller asked for: an
 // unknown incident, variant, parameter or server, or a value out of range.
@@ -108,6 +108,9 @@ type Options struct {
 	// Timeline, if set, is given the timeline of each arm, as CSV: seconds, host,
 	// metric, value. It is called when the arm's load is over.
 	Timeline func(variant string, write func(io.Writer) error) error
+	// Capture, if set, is given the packets of each arm that captures some, as a
+	// pcapng file.
+	Capture func(variant string, file []byte) error
 
 	server program // found once, before anything is started
 }
@@ -282,8 +285,9 @@ func (a arm) run(ctx context.Context, rules KernelRules, opt Options) (results.V
 	if len(a.overridden) > 0 {
 		v.Warnings = append(v.Warnings, "set by hand, so no longer what the variant is about: "+strings.Join(a.overridden, ", "))
 	}
-	opt.progress("starting %d hosts", len(a.experiment.Topology().Hosts))
-	lab, err := netlab.Up(ctx, a.experiment.Topology())
+	topology := a.experiment.Topology()
+	opt.progress("starting %d hosts", len(topology.Hosts))
+	lab, err := netlab.Up(ctx, topology)
 	if err == nil {
 		err = a.experiment.Measure(ctx, lab, opt, &v)
 		err = errors.Join(err, lab.Down())

@@ -35,3 +35,45 @@ WHAT COUNTS WHAT
   between SYN-ACK and ACK (with latency), the server drops the ACK: the client is
   ESTABLISHED, the server is not. tcp_abort_on_overflow acts there and only there.
 `
+
+const collisionStory = `
+WHAT WAS SEEN
+  A cloud's Redis: client → layer-4 balancer → proxies → Redis. Every instance has a
+  VIP of its own; one proxy serves 50 to 100 instances. The balancer is transparent: it
+  keeps the client's address, rewrites the destination to the proxy, and carries the VIP
+  in a TCP option; replies go from the proxy straight to the client. Customers with
+  short connections to several instances see a connect time out now and then. A detector
+  that connects to every instance sees it in almost every round, once there are more than
+  1,000 of them: each time another instance, and a retry works. Asking the proxies or the
+  instances directly is clean. Fewer than 100 connections a second are enough. Behind a
+  layer-7 balancer it never happens. It took more than two weeks to find.
+
+WHY
+  A local port need be unique only per destination: a client's kernel may well use port
+  40000 to two VIPs at once. Behind the balancer both have the same destination, the
+  proxy: one 4-tuple, and so one connection. The SYN of the second meets the established
+  socket of the first. The proxy's kernel answers with a challenge ACK (RFC 5961,
+  section 4), which goes to the first VIP's connection, where it means nothing. The second
+  client hears nothing at all: SYN, SYN, SYN.
+
+THE FORMULA
+  n connections open at once from one client address, over k proxies, P usable ports:
+    collisions in a round   μ = k·(n/k)·(n/k − 1)/2 / P
+    rounds with a timeout   1 − e^−μ
+  connect() takes only every second port of ip_local_port_range, so P is 14,116 by
+  default. n = 1,000 and k = 15 make μ = 2.33: a timeout in nine rounds of ten. It grows
+  with the square of n: 100 instances collide once in fifty rounds.
+  Which ports collide is chance, so the claims are tests at the level of one in 10,000:
+  Poisson for the collisions, binomial for the rounds.
+
+WHAT IS COMPARED
+  The balancer counts every tuple that two VIPs share at once. Each timeout of a detector
+  must be one of them, by port and VIP, and each of them a timeout.
+
+WHAT THE REMEDIES DO
+  More ports, or every port instead of every second, only divide μ by two. Long
+  connections collide while they are opened, and not again. A balancer with an address
+  and ports of its own (layer 7, full NAT) cannot collide; nor can bind(addr, 0) before
+  connect(), at a price: the whole host then shares one range of ports. If the reverse
+  mapping takes the last VIP, the second connection works and the old one dies.
+`

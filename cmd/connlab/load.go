@@ -98,7 +98,7 @@ func (o loadOptions) config() (loadgen.Config, error) {
 		return cfg, usageErrorf("--connect-timeout and --reply-timeout must be above 0")
 	}
 	cfg = loadgen.Config{
-		Target:         target,
+		Targets:        []netip.AddrPort{target},
 		Schedule:       loadgen.Constant(o.rate, o.duration),
 		ConnectTimeout: o.connectTimeout,
 		ReplyTimeout:   o.replyTimeout,

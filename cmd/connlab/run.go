@@ -17,7 +17,7 @@ import (
 func newRun() *cobra.Command {
 	var opt scenarios.Options
 	var asJSON, quiet, verbose bool
-	var save, timelines string
+	var save, timelines, captures string
 	cmd := &cobra.Command{
 		Use:   "run INCIDENT",
 		Short: "Reproduce an incident, and judge predicted against measured",
@@ -30,7 +30,8 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 		Example: `  sudo connlab run backlog
   sudo connlab run backlog --variant incident --set backlog=1024
   sudo connlab run backlog --server redis --json > redis.json
-  sudo connlab run backlog --variant incident --set stall=0s    # the check can fail`,
+  sudo connlab run backlog --variant incident --set stall=0s    # the check can fail
+  sudo connlab run tuple-collision --variant forced-first --capture .`,
 		Args: exactly(1, "an incident; see `connlab list`"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := scenarios.Find(args[0])
@@ -46,6 +47,11 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 			if timelines != "" {
 				opt.Timeline = func(variant string, write func(io.Writer) error) error {
 					return writeFile(filepath.Join(timelines, s.Name+"-"+variant+".csv"), write)
+				}
+			}
+			if captures != "" {
+				opt.Capture = func(variant string, file []byte) error {
+					return os.WriteFile(filepath.Join(captures, s.Name+"-"+variant+".pcapng"), file, 0o644)
 				}
 			}
 			rec, err := scenarios.Run(cmd.Context(), s, opt)
@@ -80,6 +86,7 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 	f.BoolVar(&asJSON, "json", false, "write the record as one JSON document to standard output")
 	f.StringVar(&save, "save", "", "also save the record in this `directory`")
 	f.StringVar(&timelines, "timeline", "", "also write each variant's timeline into this `directory`, as CSV: seconds, host, metric, value")
+	f.StringVar(&captures, "capture", "", "also write the packets that variants capture into this `directory`, as pcapng for Wireshark")
 	f.BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
 	f.BoolVarP(&verbose, "verbose", "v", false, "show the output of the programs under test")
 	return cmd

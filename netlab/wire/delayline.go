@@ -2,69 +2,93 @@ package wire
 
 import "time"
 
-// frameSize has room for the longest frame of a 1,500-byte MTU (1,514 bytes, 1,518
-// with a VLAN tag); one that fills it was longer.
-const frameSize = 2048
-
-// frame is one Ethernet frame on its way.
-type frame struct {
-	due  time.Duration
-	size int
-	buf  *[frameSize]byte
-}
-
-// delayLine is a queue of frames in a ring. The delay of a direction is constant,
-// so frames fall due in the order in which they came and no heap is needed. It
-// grows to what has been in flight at once, at most MaxInFlight, and keeps its
-// buffers.
+// delayLine holds packets until they are due, earliest first, and those of one
+// instant in the order in which they came. It is a binary heap: where all are
+// held equally long a push ends where it begins, at the bottom. It grows to what
+// has been in flight at once, at most MaxInFlight, and keeps its buffers.
 type delayLine struct {
-	ring  []frame // the length is 0 or a power of two
-	head  int
-	count int
+	heap []entry
+	seq  uint64
+	free []*Packet
 }
 
-// back returns the buffer for the next push, or nil when the line is full.
-func (l *delayLine) back() *[frameSize]byte {
-	if l.count == MaxInFlight {
-		return nil
-	}
-	if l.count == len(l.ring) {
-		l.grow()
-	}
-	f := l.at(l.count)
-	if f.buf == nil {
-		f.buf = new([frameSize]byte)
-	}
-	return f.buf
+// entry is a packet's place in the heap.
+type entry struct {
+	due    time.Duration
+	seq    uint64 // breaks ties
+	packet *Packet
 }
 
-// push queues the first size bytes of the buffer that back returned.
-func (l *delayLine) push(size int, due time.Duration) {
-	f := l.at(l.count)
-	f.size, f.due = size, due
-	l.count++
+func (e entry) before(o entry) bool {
+	return e.due < o.due || e.due == o.due && e.seq < o.seq
 }
 
-// front returns the frame that is due first, or nil.
-func (l *delayLine) front() *frame {
-	if l.count == 0 {
-		return nil
+// take returns a packet to read into. It goes back by push or give.
+func (l *delayLine) take() *Packet {
+	if n := len(l.free); n > 0 {
+		p := l.free[n-1] // the last one used is in the processor's cache
+		l.free = l.free[:n-1]
+		return p
 	}
-	return l.at(0)
+	return new(Packet)
 }
 
-// pop takes the front frame off; its buffer serves again.
-func (l *delayLine) pop() {
-	l.head = (l.head + 1) & (len(l.ring) - 1)
-	l.count--
-}
+// give takes back a packet that is no longer needed.
+func (l *delayLine) give(p *Packet) { l.free = append(l.free, p) }
 
-func (l *delayLine) at(i int) *frame { return &l.ring[(l.head+i)&(len(l.ring)-1)] }
+func (l *delayLine) empty() bool { return len(l.heap) == 0 }
 
-func (l *delayLine) grow() {
-	ring := make([]frame, max(16, 2*len(l.ring)))
-	for i := range l.count {
-		ring[i] = *l.at(i)
+func (l *delayLine) full() bool { return len(l.heap) == MaxInFlight }
+
+// push queues a packet; the line is not full.
+func (l *delayLine) push(p *Packet, due time.Duration) {
+	e := entry{due: due, seq: l.seq, packet: p}
+	l.seq++
+	l.heap = append(l.heap, e)
+	i := len(l.heap) - 1
+	for i > 0 {
+		parent := (i - 1) / 2
+		if !e.before(l.heap[parent]) {
+			break
+		}
+		l.heap[i] = l.heap[parent]
+		i = parent
 	}
-	l.ring, l.head = ring, 0
+	l.heap[i] = e
+}
+
+// front is when the first packet is due.
+func (l *delayLine) front() (due time.Duration, ok bool) {
+	if l.empty() {
+		return 0, false
+	}
+	return l.heap[0].due, true
+}
+
+// pop takes the first packet off; the line is not empty.
+func (l *delayLine) pop() *Packet {
+	first := l.heap[0].packet
+	last := len(l.heap) - 1
+	e := l.heap[last]
+	l.heap[last] = entry{}
+	l.heap = l.heap[:last]
+	i := 0
+	for {
+		child := 2*i + 1
+		if child >= last {
+			break
+		}
+		if child+1 < last && l.heap[child+1].before(l.heap[child]) {
+			child++
+		}
+		if !l.heap[child].before(e) {
+			break
+		}
+		l.heap[i] = l.heap[child]
+		i = child
+	}
+	if last > 0 {
+		l.heap[i] = e
+	}
+	return first
 }

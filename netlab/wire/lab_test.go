@@ -21,17 +21,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pumpedLab is a client and a server on one switch; the server's link is w.
-func pumpedLab(t testing.TB, w *Wire, link netlab.LinkSpec) (client, server *netlab.Host) {
+// up is a lab, or a skip that says what is missing.
+func up(t testing.TB, topology netlab.Topology) *netlab.Lab {
 	t.Helper()
-	link.Switch, link.Pump, link.AlwaysPump = "lan", w.Pump, true
-	lab, err := netlab.Up(context.Background(), netlab.Topology{
-		Switches: []netlab.SwitchSpec{{Name: "lan", Subnet: netip.MustParsePrefix("10.77.0.0/24")}},
-		Hosts: []netlab.HostSpec{
-			{Name: "client", Links: []netlab.LinkSpec{{Switch: "lan"}}},
-			{Name: "server", Links: []netlab.LinkSpec{link}},
-		},
-	})
+	lab, err := netlab.Up(context.Background(), topology)
 	if need, ok := errors.AsType[*netlab.NeedError](err); ok {
 		if os.Getenv("CONNLAB_STRICT") == "1" {
 			t.Fatal(need)
@@ -40,6 +33,22 @@ func pumpedLab(t testing.TB, w *Wire, link netlab.LinkSpec) (client, server *net
 	}
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, lab.Down()) })
+	return lab
+}
+
+var lan = []netlab.SwitchSpec{{Name: "lan", Subnet: netip.MustParsePrefix("10.77.0.0/24")}}
+
+// pumpedLab is a client and a server on one switch; the server's link is w.
+func pumpedLab(t testing.TB, w *Wire, link netlab.LinkSpec) (client, server *netlab.Host) {
+	t.Helper()
+	link.Switch, link.Pump, link.AlwaysPump = "lan", w.Pump, true
+	lab := up(t, netlab.Topology{
+		Switches: lan,
+		Hosts: []netlab.HostSpec{
+			{Name: "client", Links: []netlab.LinkSpec{{Switch: "lan"}}},
+			{Name: "server", Links: []netlab.LinkSpec{link}},
+		},
+	})
 	require.Equal(t, netlab.LinkPump, lab.Host("server").LinkKind())
 	return lab.Host("client"), lab.Host("server")
 }

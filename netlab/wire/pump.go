@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,22 +16,20 @@ import (
 // their turn, so that a flood one way does not starve the other.
 const batch = 64
 
-// pump is the loop behind a Wire: one thread, two directions.
+// pump is the loop behind a Wire: one thread for all its directions.
 type pump struct {
 	quit       int // eventfd
 	start      time.Time
-	directions [2]*direction
+	directions []*direction
 }
 
-// direction is a one-way street from one descriptor to another.
+// direction is a one-way street from one descriptor to another, or to the same.
 type direction struct {
 	from, to int
-	delay    time.Duration
-	loss     float64
-	random   *rand.Rand
+	mtu      int
+	stages   []Stage
 	line     delayLine
 	counters *counters
-	scratch  [frameSize]byte // where a frame goes that finds the line full
 }
 
 // run returns nil when told to quit, and otherwise why an end cannot be read.
@@ -41,11 +39,12 @@ func (p *pump) run() error {
 	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, 1, 0, 0, 0); err != nil {
 		return os.NewSyscallError("prctl PR_SET_TIMERSLACK", err)
 	}
-	fds := []unix.PollFd{
-		{Fd: int32(p.directions[0].from), Events: unix.POLLIN},
-		{Fd: int32(p.directions[1].from), Events: unix.POLLIN},
-		{Fd: int32(p.quit), Events: unix.POLLIN},
+	fds := make([]unix.PollFd, 0, 3)
+	for _, d := range p.directions {
+		fds = append(fds, unix.PollFd{Fd: int32(d.from), Events: unix.POLLIN})
 	}
+	quit := len(fds)
+	fds = append(fds, unix.PollFd{Fd: int32(p.quit), Events: unix.POLLIN})
 	for {
 		_, err := unix.Ppoll(fds, p.untilDue(), nil)
 		if errors.Is(err, unix.EINTR) {
@@ -54,7 +53,7 @@ func (p *pump) run() error {
 		if err != nil {
 			return os.NewSyscallError("ppoll", err)
 		}
-		if fds[2].Revents != 0 {
+		if fds[quit].Revents != 0 {
 			return nil
 		}
 		for i, d := range p.directions {
@@ -80,71 +79,90 @@ func (p *pump) now() time.Duration { return time.Since(p.start) }
 
 // untilDue is how long to sleep: nil, for ever, when no frame is on its way.
 func (p *pump) untilDue() *unix.Timespec {
-	var next *frame
+	next := time.Duration(-1)
 	for _, d := range p.directions {
-		if f := d.line.front(); f != nil && (next == nil || f.due < next.due) {
-			next = f
+		if due, ok := d.line.front(); ok && (next < 0 || due < next) {
+			next = due
 		}
 	}
-	if next == nil {
+	if next < 0 {
 		return nil
 	}
-	ts := unix.NsecToTimespec(int64(max(0, next.due-p.now())))
+	ts := unix.NsecToTimespec(int64(max(0, next-p.now())))
 	return &ts
 }
 
 // receive reads what is there, at most a batch, and says how many frames.
 func (d *direction) receive(now func() time.Duration) (n int, err error) {
 	for n < batch {
-		buf := d.line.back()
-		full := buf == nil
-		if full {
-			buf = &d.scratch
-		}
-		size, err := unix.Read(d.from, buf[:])
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case errors.Is(err, unix.EAGAIN):
-			return n, nil
-		case err != nil:
-			return n, os.NewSyscallError("read", err)
-		case size == 0:
+		p := d.line.take()
+		size, err := unix.Read(d.from, p.buf[:])
+		if err != nil || size == 0 {
+			d.line.give(p)
+			switch {
+			case errors.Is(err, unix.EINTR):
+				continue
+			case errors.Is(err, unix.EAGAIN):
+				return n, nil
+			case err != nil:
+				return n, os.NewSyscallError("read", err)
+			}
 			return n, io.EOF
 		}
 		n++
 		d.counters.received.Add(1)
-		switch {
-		case size == len(buf): // it may have been longer: the rest is cut off
-			d.counters.refused.Add(1)
-		case d.random.Float64() < d.loss:
-			d.counters.lost.Add(1)
-		case full:
-			d.counters.overflowed.Add(1)
-		default:
-			d.line.push(size, now()+d.delay)
+		if column := d.admit(p, size, now); column != nil {
+			column.Add(1)
+			d.line.give(p)
 		}
 	}
 	return n, nil
 }
 
+// admit takes a packet past the stages and into the line. When its way ends
+// before, it says in which column.
+func (d *direction) admit(p *Packet, size int, now func() time.Duration) *atomic.Uint64 {
+	if size == len(p.buf) { // it may have been longer: the rest is cut off
+		return &d.counters.refused
+	}
+	p.reset(size, d.mtu)
+	for _, stage := range d.stages {
+		if verdict := stage(p); verdict != Forward {
+			return d.counters.verdict(verdict)
+		}
+	}
+	if d.line.full() {
+		return &d.counters.overflowed
+	}
+	d.line.push(p, now()+p.hold)
+	return nil
+}
+
 // deliver writes the frames that are due, at most a batch.
 func (d *direction) deliver(now time.Duration) {
 	for range batch {
-		f := d.line.front()
-		if f == nil || f.due > now {
+		due, ok := d.line.front()
+		if !ok || due > now {
 			return
 		}
-		_, err := unix.Write(d.to, f.buf[:f.size])
-		if errors.Is(err, unix.EINTR) {
+		p := d.line.pop()
+		d.write(p)
+		d.line.give(p)
+	}
+}
+
+// write sends a frame out.
+func (d *direction) write(p *Packet) {
+	for {
+		_, err := unix.Write(d.to, p.Frame())
+		switch {
+		case errors.Is(err, unix.EINTR):
 			continue
-		}
-		// An Ethernet device that cannot take a frame drops it; so does the wire.
-		if err != nil {
+		case err != nil: // an Ethernet device that cannot take a frame drops it; so does the wire
 			d.counters.refused.Add(1)
-		} else {
+		default:
 			d.counters.forwarded.Add(1)
 		}
-		d.line.pop()
+		return
 	}
 }

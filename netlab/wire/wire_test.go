@@ -32,11 +32,13 @@ type rig struct {
 	stop func() error
 }
 
-func newRig(t testing.TB, link netlab.LinkSpec) *rig {
+func newRig(t testing.TB, link netlab.LinkSpec) *rig { return newRigOf(t, new(Wire), link) }
+
+func newRigOf(t testing.TB, w *Wire, link netlab.LinkSpec) *rig {
 	t.Helper()
 	a, nearA := socketPair(t)
 	b, nearB := socketPair(t)
-	r := &rig{wire: new(Wire), a: a, b: b, near: [2]*os.File{nearA, nearB}}
+	r := &rig{wire: w, a: a, b: b, near: [2]*os.File{nearA, nearB}}
 	var err error
 	r.stop, err = r.wire.Pump(nearA, nearB, link)
 	require.NoError(t, err)
@@ -142,7 +144,7 @@ func TestDeliverNeverEarly(t *testing.T) {
 	require.NoError(t, unix.SetNonblock(int(far.Fd()), true))
 	const delay = 5 * time.Millisecond
 	var c counters
-	d := direction{from: int(inner.Fd()), to: int(near.Fd()), delay: delay, random: seeded(0, 0), counters: &c}
+	d := direction{from: int(inner.Fd()), to: int(near.Fd()), stages: []Stage{delayStage(delay)}, counters: &c}
 
 	arrivals := []time.Duration{0, 1, time.Millisecond, time.Millisecond, 4 * time.Millisecond}
 	for i, at := range arrivals {
@@ -167,7 +169,7 @@ func TestDeliverNeverEarly(t *testing.T) {
 		d.deliver(row.now)
 		assert.Equal(t, row.out, c.read().Forwarded, row.reason)
 	}
-	assert.Nil(t, d.line.front())
+	assert.True(t, d.line.empty())
 	buf := make([]byte, frameSize)
 	for i := range arrivals {
 		_, err := unix.Read(int(far.Fd()), buf)
@@ -177,32 +179,22 @@ func TestDeliverNeverEarly(t *testing.T) {
 }
 
 func TestDelayOnTheClock(t *testing.T) {
-	const n, delay = 100, 20 * time.Millisecond
+	const n, delay = 30, 20 * time.Millisecond
 	r := newRig(t, netlab.LinkSpec{Delay: delay})
-	sent := make([]time.Time, n)
-	go func() {
-		for i := range n {
-			sent[i] = time.Now()
-			if _, err := r.a.Write(numbered(i)); err != nil {
-				return // the reader below then waits in vain and the test times out
-			}
-		}
-	}()
-	early, prompt := 0, 0
 	buf := make([]byte, frameSize)
+	least := time.Hour
 	for i := range n {
-		_, err := r.b.Read(buf)
+		begin := time.Now()
+		_, err := r.a.Write(numbered(i))
 		require.NoError(t, err)
-		took := time.Since(sent[i])
-		if took < delay {
-			early++
-		}
-		if took < 2*delay {
-			prompt++
-		}
+		_, err = r.b.Read(buf)
+		require.NoError(t, err)
+		least = min(least, time.Since(begin))
 	}
-	assert.Zero(t, early, "frames of %d that came before their delay was over", n)
-	assert.Greater(t, prompt, n/2, "frames of %d that took less than twice the delay", n)
+	t.Logf("the fastest of %d frames took %v", n, least)
+	assert.GreaterOrEqual(t, least, delay, "no frame comes before its delay is over")
+	// A busy machine makes any one frame late, but not every one.
+	assert.Less(t, least, 2*delay, "the wire itself adds nothing of that size")
 }
 
 func TestLoss(t *testing.T) {
@@ -284,15 +276,16 @@ func TestEndGoneIsReported(t *testing.T) {
 	quit, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	require.NoError(t, err)
 	defer unix.Close(quit)
-	p := &pump{start: time.Now(), quit: quit}
 	gone, end := socketPair(t)
 	_, other := socketPair(t)
 	a, err := nonblocking(end)
 	require.NoError(t, err)
 	b, err := nonblocking(other)
 	require.NoError(t, err)
-	p.directions[0] = &direction{from: a, to: b, random: seeded(0, 0), counters: new(counters)}
-	p.directions[1] = &direction{from: b, to: a, random: seeded(0, 1), counters: new(counters)}
+	p := &pump{start: time.Now(), quit: quit, directions: []*direction{
+		{from: a, to: b, counters: new(counters)},
+		{from: b, to: a, counters: new(counters)},
+	}}
 	require.NoError(t, gone.Close())
 	ended := make(chan error)
 	go func() { ended <- p.run() }()
@@ -301,10 +294,10 @@ func TestEndGoneIsReported(t *testing.T) {
 	assert.EqualError(t, err, "end 0 of the wire: EOF")
 }
 
-func TestOneWireJoinsTwoEnds(t *testing.T) {
+func TestAWireIsUsedOnce(t *testing.T) {
 	r := newRig(t, netlab.LinkSpec{})
 	_, err := r.wire.Pump(r.near[0], r.near[1], netlab.LinkSpec{})
-	assert.EqualError(t, err, "this wire already joins two ends")
+	assert.EqualError(t, err, "this wire is already in use")
 }
 
 func TestClosedEnd(t *testing.T) {

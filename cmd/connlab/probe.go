@@ -1,0 +1,436 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"connlab/loadgen"
+)
+
+// probeOptions is what `connlab probe` can be told.
+type probeOptions struct {
+	rounds      int
+	interval    time.Duration
+	timeout     time.Duration
+	retries     int
+	rate        float64
+	ports       string
+	local       string
+	json, quiet bool
+}
+
+// Bounds of a probe by hand: no probe is endless.
+const (
+	maxProbeTargets  = 20_000
+	maxProbeRounds   = 1000
+	maxProbeRetries  = 100
+	maxProbeTime     = time.Hour // of an interval or a timeout
+	defaultProbePort = 6379
+)
+
+func newProbe() *cobra.Command {
+	o := probeOptions{}
+	cmd := &cobra.Command{
+		Use:   "probe TARGET...",
+		Short: "Connect to every instance at once, PING it, and name the local ports of those that fail",
+		Long: `Probe is a detector for instances behind a load balancer. In each round it connects
+to every instance, sends PING and waits for the reply; what answered stays open until
+the round is over, so that all connections exist at the same time. An instance that
+fails is tried again at once, on a new socket, and so from another local port.
+
+A TARGET is ADDR, ADDR:PORT, or ADDR+COUNT:PORT for COUNT addresses counting up; the
+port is 6379 if none is given. A single - reads targets from standard input, one a line.
+
+Why local ports matter: the kernel keeps a local port unique for one destination only.
+Connections to two instances can have the same one, and behind a balancer that keeps
+the client's address and sends both to the same proxy they are then one connection to
+that proxy: the second connect times out, and a retry, from another port, works. If the
+timeouts come from ports that another instance has too, look there. --ports says how a
+port is chosen:
+
+  kernel          by connect: every second port of net.ipv4.ip_local_port_range, so
+                  that two connections meet as if there were half as many ports
+  bind            by bind before connect: no two connections of this host have one port,
+                  and all of its destinations together share one range
+  bind:PORT       this one for every instance: each of them meets the others
+  range           by connect, from every port of net.ipv4.ip_local_port_range
+  range:LOW-HIGH  by connect, from every port of this part of it (Linux 6.3)
+
+Attempts that fail are logged on standard error. It needs no root, and works in the
+network namespace it is started in.
+
+Exit codes: 0 every instance answered at the first try, 1 some timed out, failed, or
+closed before the round was over, 2 usage, 3 interrupted.`,
+		Example: `  connlab probe 10.8.0.1+1000:6379 --rounds 20
+  connlab probe 10.8.0.1 10.8.0.2 --ports bind:41234 --retries 0    # forced to collide
+  connlab probe - --json < instances.txt`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usageErrorf("connlab probe wants a target: ADDR:PORT, ADDR+COUNT:PORT, or - to read them from standard input")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := o.config()
+			if err != nil {
+				return err
+			}
+			if cfg.Targets, err = probeTargets(args, cmd.InOrStdin()); err != nil {
+				return err
+			}
+			return probe(cmd.Context(), o, cfg, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.IntVar(&o.rounds, "rounds", 1, "how often every instance is probed")
+	f.DurationVar(&o.interval, "interval", time.Second, "from the end of a round to the next")
+	f.DurationVar(&o.timeout, "timeout", time.Second, "how long to wait for a connection, and again for the reply")
+	f.IntVar(&o.retries, "retries", 3, "how often an instance that failed is tried again within its round")
+	f.Float64Var(&o.rate, "rate", 5000, "connects per second within a round")
+	f.StringVar(&o.ports, "ports", "kernel", "where local ports come from: kernel, bind[:PORT], range[:LOW-HIGH]")
+	f.StringVar(&o.local, "local", "", "the local `address`; by default the kernel's choice")
+	f.BoolVar(&o.json, "json", false, "write the report as one JSON document")
+	f.BoolVarP(&o.quiet, "quiet", "q", false, "nothing on standard error: no progress, no log of what fails")
+	return cmd
+}
+
+// config is all but the targets.
+func (o probeOptions) config() (loadgen.ProbeConfig, error) {
+	cfg := loadgen.ProbeConfig{Rounds: o.rounds, Interval: o.interval, Timeout: o.timeout, Retries: o.retries, Rate: o.rate}
+	switch {
+	case o.rounds < 1 || o.rounds > maxProbeRounds:
+		return cfg, usageErrorf("--rounds %d is out of range: 1 to %d", o.rounds, maxProbeRounds)
+	case o.interval < 0 || o.interval > maxProbeTime:
+		return cfg, usageErrorf("--interval %v is out of range: 0 to %v", o.interval, maxProbeTime)
+	case o.timeout <= 0 || o.timeout > maxProbeTime:
+		return cfg, usageErrorf("--timeout %v is out of range: above 0, at most %v", o.timeout, maxProbeTime)
+	case o.retries < 0 || o.retries > maxProbeRetries:
+		return cfg, usageErrorf("--retries %d is out of range: 0 to %d", o.retries, maxProbeRetries)
+	case !(o.rate > 0 && o.rate <= maxLoadRate):
+		return cfg, usageErrorf("--rate %v is out of range: above 0, at most %d", o.rate, maxLoadRate)
+	}
+	if o.retries == 0 {
+		cfg.Retries = -1 // to the library 0 is the default
+	}
+	source, err := o.source()
+	cfg.Sources = []loadgen.Source{source}
+	return cfg, err
+}
+
+func (o probeOptions) source() (loadgen.Source, error) {
+	var local netip.Addr
+	if o.local != "" {
+		var err error
+		if local, err = netip.ParseAddr(o.local); err != nil || !local.Is4() {
+			return loadgen.Source{}, usageErrorf("--local %s: want an IPv4 address", o.local)
+		}
+	}
+	source := loadgen.LocalSource("local", local)
+	how, which, given := strings.Cut(o.ports, ":")
+	switch {
+	case how == "kernel" && !given:
+		return source, nil
+	case how == "bind" && !given:
+		return source.Bound(netip.AddrPortFrom(local, 0)), nil
+	case how == "bind":
+		if port, err := parsePort(which); err == nil {
+			return source.Bound(netip.AddrPortFrom(local, port)), nil
+		}
+	case how == "range" && !given:
+		return source.InRange(0, 0), nil
+	case how == "range":
+		from, to, _ := strings.Cut(which, "-")
+		low, errLow := parsePort(from)
+		high, errHigh := parsePort(to)
+		if errLow == nil && errHigh == nil && low <= high {
+			return source.InRange(low, high), nil
+		}
+	}
+	return source, usageErrorf("--ports %s: want kernel, bind, bind:PORT, range, or range:LOW-HIGH", o.ports)
+}
+
+func parsePort(s string) (uint16, error) {
+	port, err := strconv.ParseUint(s, 10, 16)
+	if err == nil && port == 0 {
+		err = errors.New("port 0")
+	}
+	return uint16(port), err
+}
+
+// probeTargets are those of the arguments, - standing for the lines of stdin.
+func probeTargets(args []string, stdin io.Reader) ([]netip.AddrPort, error) {
+	var targets []netip.AddrPort
+	add := func(arg string) error {
+		more, err := parseTargets(arg)
+		if err != nil {
+			return err
+		}
+		if len(targets)+len(more) > maxProbeTargets {
+			return usageErrorf("more than %d targets", maxProbeTargets)
+		}
+		targets = append(targets, more...)
+		return nil
+	}
+	for _, arg := range args {
+		if arg != "-" {
+			if err := add(arg); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		lines := bufio.NewScanner(stdin)
+		for lines.Scan() {
+			if line := strings.TrimSpace(lines.Text()); line != "" {
+				if err := add(line); err != nil {
+					return nil, err
+				}
+			}
+		}
+		if err := lines.Err(); err != nil {
+			return nil, fmt.Errorf("reading targets: %w", err)
+		}
+	}
+	if len(targets) == 0 {
+		return nil, usageErrorf("no targets on standard input")
+	}
+	return targets, nil
+}
+
+// parseTargets reads ADDR[+COUNT][:PORT].
+func parseTargets(arg string) ([]netip.AddrPort, error) {
+	bad := usageErrorf("target %q: want ADDR, ADDR:PORT or ADDR+COUNT:PORT with an IPv4 address, as 10.8.0.1+1000:6379", arg)
+	hosts, portText, given := strings.Cut(arg, ":")
+	port := uint16(defaultProbePort)
+	if given {
+		var err error
+		if port, err = parsePort(portText); err != nil {
+			return nil, bad
+		}
+	}
+	first, countText, given := strings.Cut(hosts, "+")
+	count := uint64(1)
+	if given {
+		var err error
+		if count, err = strconv.ParseUint(countText, 10, 32); err != nil || count == 0 {
+			return nil, bad
+		}
+	}
+	addr, err := netip.ParseAddr(first)
+	if err != nil || !addr.Is4() {
+		return nil, bad
+	}
+	if count > maxProbeTargets {
+		return nil, usageErrorf("target %q: more than %d addresses", arg, maxProbeTargets)
+	}
+	targets := make([]netip.AddrPort, 0, count)
+	for range count {
+		if !addr.IsValid() {
+			return nil, usageErrorf("target %q: addresses end at 255.255.255.255", arg)
+		}
+		targets = append(targets, netip.AddrPortFrom(addr, port))
+		addr = addr.Next()
+	}
+	return targets, nil
+}
+
+func probe(ctx context.Context, o probeOptions, cfg loadgen.ProbeConfig, stdout, stderr io.Writer) error {
+	// The run's thread must not wait for a terminal.
+	lines, logged := make(chan string, 4096), make(chan struct{})
+	cfg.Progress = &loadgen.Progress{}
+	cfg.OnAttempt = func(a loadgen.Attempt) {
+		if text := attemptLine(a, o.retries); text != "" && !o.quiet {
+			lines <- text
+		}
+	}
+	go func() {
+		defer close(logged)
+		writeProbeLog(&statusLine{w: stderr, quiet: o.quiet, terminal: isTerminal(stderr)}, lines, cfg.Progress)
+	}()
+	report, err := loadgen.Probe(ctx, cfg)
+	close(lines)
+	<-logged
+	if report == nil {
+		return err
+	}
+	interrupted := errors.Is(err, context.Canceled)
+	if interrupted {
+		err = nil
+	}
+	if o.json {
+		enc := json.NewEncoder(stdout)
+		enc.SetIndent("", "  ")
+		err = errors.Join(err, enc.Encode(report))
+	} else {
+		err = errors.Join(err, writeProbe(stdout, report))
+	}
+	total := report.Total()
+	switch {
+	case err != nil:
+		return err
+	case interrupted:
+		return exitError{exitVoid, errors.New("interrupted: the report covers what was probed before")}
+	case total.First[loadgen.OK] < total.Instances || total.Lost.Sum() > 0:
+		return exitError{code: exitRefuted}
+	}
+	return nil
+}
+
+// writeProbeLog prints lines as they come, and the progress once a second.
+func writeProbeLog(line *statusLine, lines <-chan string, progress *loadgen.Progress) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case text, more := <-lines:
+			line.clear()
+			if !more {
+				return
+			}
+			line.print(text)
+		case <-tick.C:
+			s := progress.Snapshot()
+			line.show(fmt.Sprintf("attempts %d, in flight %d, ok %d, failed %d", s.Started, s.InFlight, s.OK, s.Failed))
+		}
+	}
+}
+
+// connectClasses are those of a connect; the others are of the PING over it.
+var connectClasses = []loadgen.Class{
+	loadgen.ConnectTimeout, loadgen.ConnectRefused, loadgen.ConnectReset, loadgen.NoLocalPort, loadgen.TooManyFiles, loadgen.Unreachable,
+}
+
+// attemptLine is the log line of an attempt that failed or that was a retry, as
+// detectors write it; empty for others.
+func attemptLine(a loadgen.Attempt, retries int) string {
+	if a.Class == loadgen.Canceled || a.Class == loadgen.OK && a.Retry == 0 {
+		return ""
+	}
+	client := "no port"
+	if a.Local.Port() != 0 {
+		client = a.Local.String()
+	}
+	if a.Class == loadgen.OK {
+		return fmt.Sprintf("client(%s) instance %v answered at retry %d", client, a.Target, a.Retry)
+	}
+	what, how := "PING to", "failed: "+string(a.Class)
+	if slices.Contains(connectClasses, a.Class) {
+		what = "connect to"
+	}
+	if a.Class == loadgen.ConnectTimeout || a.Class == loadgen.ReadTimeout {
+		how = "timeout"
+	}
+	next := fmt.Sprintf("retry times %d", a.Retry+1)
+	if a.Retry == retries {
+		next = fmt.Sprintf("given up after %d retries", retries)
+	}
+	text := fmt.Sprintf("client(%s) %s instance %v %s, %s", client, what, a.Target, how, next)
+	if len(a.SharedWith) > 0 {
+		text += fmt.Sprintf("; local port %d is also used for %v", a.Local.Port(), a.SharedWith[0])
+		if more := len(a.SharedWith) - 1; more > 0 {
+			text += fmt.Sprintf(" and %d more", more)
+		}
+	}
+	return text
+}
+
+// writeProbe is the report for people: a line a round, and what they say.
+func writeProbe(w io.Writer, r *loadgen.ProbeReport) error {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(table, "round\tinstances\tok\ttimeouts\tother\tretries until success\tfailed\tlost\t")
+	withTimeout := 0
+	for _, round := range r.Rounds {
+		first := round.First
+		if first.Timeouts() > 0 {
+			withTimeout++
+		}
+		fmt.Fprintf(table, "%d\t%d\t%d\t%d\t%d\t%s\t%d\t%d\t\n", round.Round+1, round.Instances, first[loadgen.OK], first.Timeouts(),
+			round.Instances-first[loadgen.OK]-first.Timeouts(), retriesText(round.Answered), round.Never, round.Lost.Sum())
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	for _, h := range []struct {
+		name string
+		h    *loadgen.Histogram
+	}{{"connect", r.Load.Connect}, {"reply", r.Reply}} {
+		if h.h.Count() > 0 {
+			fmt.Fprintf(w, "%-8s  p50 %v  p90 %v  p99 %v  max %v\n", h.name, round(h.h.Quantile(0.5)), round(h.h.Quantile(0.9)), round(h.h.Quantile(0.99)), round(h.h.Quantile(1)))
+		}
+	}
+	total := r.Total()
+	if failed := total.Attempts.Sum() - total.Attempts[loadgen.OK]; failed > 0 {
+		fmt.Fprintf(w, "attempts  %v\n", total.Attempts)
+	}
+	if total.Lost.Sum() > 0 {
+		fmt.Fprintf(w, "lost      %v: these answered, and their peer ended them before the round was over\n", total.Lost)
+	}
+	tried := total.Instances - total.First[loadgen.NotStarted]
+	if tried == 0 {
+		return nil
+	}
+	timeouts := total.First.Timeouts()
+	low, high := wilson(timeouts, tried)
+	fmt.Fprintf(w, "%d of %d rounds had a timeout; %d of %d first tries timed out: %s, 95 %% confidence %s to %s\n",
+		withTimeout, len(r.Rounds), timeouts, tried, percent(float64(timeouts)/float64(tried)), percent(low), percent(high))
+	if total.Attempts.Timeouts() == 0 {
+		return nil
+	}
+	_, err := fmt.Fprintln(w, sharedPortsText(total))
+	return err
+}
+
+// retriesText is how many instances answered at which retry: "1:5 2:1".
+func retriesText(answered []int64) string {
+	var parts []string
+	for retry, n := range answered {
+		if retry > 0 && n > 0 {
+			parts = append(parts, fmt.Sprintf("%d:%d", retry, n))
+		}
+	}
+	if len(parts) == 0 {
+		return "-"
+	}
+	return strings.Join(parts, " ")
+}
+
+// sharedPortsText sets the timeouts of attempts that shared their local port
+// beside those of the others.
+func sharedPortsText(total loadgen.ProbeCounts) string {
+	sharing, shared := total.Shared.Sum(), total.Shared.Timeouts()
+	alone, timeouts := total.Attempts.Sum()-sharing, total.Attempts.Timeouts()
+	return fmt.Sprintf("%d of %d timeouts, retries included, came from a local port that another instance of the round had: of %d attempts from such a port %s timed out, of the other %d %s",
+		shared, timeouts, sharing, ratio(shared, sharing), alone, ratio(timeouts-shared, alone))
+}
+
+func ratio(k, n int64) string {
+	if n == 0 {
+		return "none"
+	}
+	return percent(float64(k) / float64(n))
+}
+
+func percent(p float64) string { return strconv.FormatFloat(100*p, 'g', 3, 64) + " %" }
+
+// wilson is the score interval of k in n at 95 %, as if each try were
+// independent (Wilson 1927, Journal of the American Statistical Association 22).
+func wilson(k, n int64) (low, high float64) {
+	const z = 1.959964
+	p, m := float64(k)/float64(n), float64(n)
+	middle := p + z*z/(2*m)
+	half := z * math.Sqrt(p*(1-p)/m+z*z/(4*m*m))
+	scale := 1 + z*z/m
+	return max((middle-half)/scale, 0), min((middle+half)/scale, 1)
+}

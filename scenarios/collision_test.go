@@ -1,0 +1,280 @@
+package scenarios
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"connlab/netlab"
+	"connlab/netlab/observe"
+	"connlab/results"
+)
+
+// TestTupleCollision reproduces incident 2: every variant against the mini
+// server, and the heart of it with a real redis-server as the instances.
+func TestTupleCollision(t *testing.T) {
+	t.Run(ServerMini, func(t *testing.T) {
+		rec := run(t, &TupleCollision, Options{})
+		for _, v := range rec.Variants {
+			assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
+		}
+		if ReadKernelRules() == goldenRules {
+			golden, err := results.Load("../results/golden/tuple-collision.json")
+			require.NoError(t, err)
+			assert.Empty(t, results.CheckGolden(golden, rec))
+		}
+		wrongFormula(t, rec)
+	})
+	t.Run(ServerRedis, func(t *testing.T) {
+		rec := run(t, &TupleCollision, Options{Server: ServerRedis, Variants: []string{"incident", "forced-first", "forced-last"}})
+		for _, v := range rec.Variants {
+			assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
+		}
+	})
+}
+
+// wrongFormula judges what was measured by the formula that everybody writes
+// first: connect() may take any port of the range, so P is all of it.
+func wrongFormula(t *testing.T, rec *results.Record) {
+	t.Helper()
+	wrong := goldenRules
+	wrong.ConnectPortStep = 1
+	for _, v := range rec.Variants {
+		if v.Name != "scaling" {
+			continue
+		}
+		s, err := TupleCollision.Variant(v.Name)
+		require.NoError(t, err)
+		e := TupleCollision.New()
+		require.NoError(t, apply(e, s.Set))
+		right := v.Predictions
+		v.Predictions = e.Predict(s.Role, wrong)
+		v.Judge()
+		assert.Equal(t, results.Refuted, v.Verdict, "P instead of P/2 must be refuted")
+		v.Predictions = right
+		return
+	}
+	t.Error("no variant to judge by the wrong formula")
+}
+
+// The check must be able to fail: without a shared proxy the incident's symptom
+// is missing.
+func TestTupleCollisionCanFail(t *testing.T) {
+	rec := run(t, &TupleCollision, Options{Variants: []string{"incident"}, Set: []string{"proxies=1000", "rounds=2"}})
+	v := rec.Variants[0]
+	assert.Equal(t, results.Refuted, v.Verdict, v.Reason)
+	assert.Contains(t, v.Reason, metricTimedOut)
+}
+
+// What is golden is what follows from the parameters: no kernel is asked.
+func TestTupleCollisionPredictions(t *testing.T) {
+	golden, err := results.Load("../results/golden/tuple-collision.json")
+	require.NoError(t, err)
+	require.Len(t, golden.Variants, len(TupleCollision.Variants))
+	arms, err := TupleCollision.prepare(Options{})
+	require.NoError(t, err)
+	for i, arm := range arms {
+		want := golden.Variants[i]
+		assert.Equal(t, want.Name, arm.variant.Name)
+		assert.Equal(t, results.Held, want.Verdict)
+		got := arm.experiment.Predict(arm.variant.Role, goldenRules)
+		diff := cmp.Diff(want.Predictions, got,
+			cmpopts.IgnoreFields(results.Prediction{}, "Measured", "Error", "Verdict"),
+			cmpopts.EquateApprox(1e-9, 0), cmpopts.EquateEmpty())
+		assert.Empty(t, diff, arm.variant.Name)
+	}
+}
+
+func TestTupleCollisionCheck(t *testing.T) {
+	for _, tt := range []struct{ why, set, want string }{
+		{"below the range", "vips=0", "vips=0 is out of range: 1 to 2000"},
+		{"above the range", "proxies=1001", "proxies=1001 is out of range: 1 to 1000"},
+		{"not a number at all", "rate=NaN", "rate=NaN is out of range: 1 to 5000"},
+		{"no such way", "path=l5", "path=l5: there is: l4, fullnat"},
+		{"no such policy", "reply=middle", "reply=middle: there is: first, last"},
+		{"no time", "timeout=1ms", "timeout=1ms is out of range"},
+		{"pairs without the balancer", "pairs=10 path=l7", "pairs collide only behind the transparent balancer"},
+		{"pairs without a second VIP", "pairs=10 vips=20", "vips=20 is less than twice proxies=15"},
+		{"two loads", "pairs=10 long=true", "pairs are a load of their own"},
+		{"two loads again", "long=true sweep=100", "choose one"},
+		{"nobody to hurt", "reply=last", "reply=last needs pairs"},
+		{"a size that is none", "sweep=100,5000", "sweep=5000 is out of range: 1 to 2000"},
+		{"more files than there are", "vips=2000 parallel=8", "raise it (ulimit -Hn)"},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			e := TupleCollision.New()
+			require.NoError(t, apply(e, strings.Fields(tt.set)))
+			err := e.Check()
+			if strings.Contains(tt.want, "ulimit") && err == nil {
+				t.Skip("this process may have more files open than the load needs")
+			}
+			require.Error(t, err)
+			assert.Contains(t, err.Error(), tt.want)
+		})
+	}
+	for _, set := range []string{"port-range=1-2", "port-range=5000", "port-range=6000-5000", "port-range=60000-70000", "sweep=a"} {
+		require.Error(t, apply(TupleCollision.New(), []string{set}), set)
+	}
+	for _, v := range TupleCollision.Variants {
+		e := TupleCollision.New()
+		require.NoError(t, apply(e, v.Set))
+		assert.NoError(t, e.Check(), v.Name)
+		assert.NoError(t, e.Topology().Check(), v.Name)
+	}
+}
+
+// The formula by the article's numbers, and by counting pairs.
+func TestExpectedCollisions(t *testing.T) {
+	for _, tt := range []struct {
+		why         string
+		set         string
+		step        int
+		mean, delta float64
+	}{
+		{"the article: n = 1,000, k = 15, every second port", "", 2, 2.33, 0.005},
+		{"every port", "ports=range", 2, 1.163, 0.001},
+		{"a kernel before 4.2", "", 1, 1.163, 0.001},
+		{"k divides n: k·(n/k)·(n/k−1)/2/P", "vips=900 proxies=15", 2, 15 * 60 * 59 / 2. / 14116, 1e-12},
+		{"one proxy each", "proxies=1000", 2, 0, 0},
+		{"a port of one's own", "ports=bind", 2, 0, 0},
+		{"twice the instances, four times the collisions", "vips=2000", 2, 4 * 2.326, 0.08},
+	} {
+		e := newCollision()
+		require.NoError(t, apply(e, strings.Fields(tt.set)))
+		rules := goldenRules
+		rules.ConnectPortStep = tt.step
+		assert.InDelta(t, tt.mean, e.expected(e.VIPs, rules), tt.delta, tt.why)
+	}
+	article := newCollision()
+	atLeastOne := -math.Expm1(-article.expected(1000, goldenRules))
+	assert.InDelta(t, 0.9, atLeastOne, 0.005, "almost every round")
+}
+
+// TestCapture is what an engineer does who does not believe the balancer: capture
+// at the proxies, and let Wireshark check every checksum and every option.
+func TestCapture(t *testing.T) {
+	tshark, err := exec.LookPath("tshark")
+	if err != nil {
+		skip(t, (&netlab.NeedError{Need: netlab.NeedTshark, Err: err}).Error())
+	}
+	const rounds, instances = 10, 1000
+	c := newCollision()
+	c.Rounds = rounds
+	path := t.TempDir() + "/proxies.pcapng"
+	file, err := os.Create(path)
+	require.NoError(t, err)
+	defer file.Close()
+	r := inCollisionLab(t, c, Options{}, func(r *collisionRun) {
+		cfg := observe.CaptureConfig{Port: redisPort, Limit: 10_000_000}
+		for _, h := range r.proxies {
+			cfg.Points = append(cfg.Points, observe.CapturePoint{Host: h})
+		}
+		capture, err := observe.StartCapture(file, cfg)
+		require.NoError(t, err)
+		require.NoError(t, r.probe(t.Context()))
+		_, err = capture.Stop()
+		require.NoError(t, err)
+	})
+	require.GreaterOrEqual(t, len(r.attempts), rounds*instances)
+
+	count := func(filter string) int {
+		out, err := exec.CommandContext(t.Context(), tshark, "-r", path, "-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE",
+			"-Y", filter, "-T", "fields", "-e", "frame.number").Output()
+		require.NoError(t, err, filter)
+		return bytes.Count(out, []byte("\n"))
+	}
+	toProxies := fmt.Sprintf("tcp.dstport == %d && ip.dst == 10.0.2.0/24 && ", redisPort)
+	syns := count(toProxies + "tcp.flags.syn == 1 && tcp.flags.ack == 0")
+	assert.GreaterOrEqual(t, syns, rounds*instances, "SYNs that reached the proxies")
+	assert.Equal(t, syns, count(toProxies+"tcp.flags.syn == 1 && tcp.flags.ack == 0 && tcp.option_kind == 250 && tcp.option_len == 8"), "each with the option, whole")
+	assert.Equal(t, int(c.net.balancer.Stats().OptionsAdded), syns, "as many as the balancer says")
+	assert.Zero(t, count("tcp.checksum.status == 0 || ip.checksum.status == 0"), "bad checksums")
+	good := count("tcp.checksum.status == 1 && ip.checksum.status == 1")
+	assert.Greater(t, good, 5*rounds*instances, "and they were checked: SYN, SYN-ACK, ACK, PING, PONG, FIN …")
+	assert.Zero(t, count("_ws.malformed || tcp.options.type.invalid"), "malformed")
+}
+
+// inCollisionLab builds the network of c and calls use in it.
+func inCollisionLab(t *testing.T, c *collision, opt Options, use func(r *collisionRun)) *collisionRun {
+	t.Helper()
+	require.NoError(t, stamp())
+	require.NoError(t, c.Check())
+	var err error
+	opt.server, err = findServer(opt.Server)
+	require.NoError(t, err)
+	lab, err := netlab.Up(t.Context(), c.Topology())
+	skipIfNeeded(t, err)
+	defer func() { require.NoError(t, lab.Down()) }()
+	target, err := c.startPrograms(t.Context(), lab, opt)
+	require.NoError(t, err)
+	defer target.control.Close()
+	r := &collisionRun{c: c, v: &results.Variant{Metrics: map[string]results.Metric{}}, opt: opt,
+		detectors: c.probing(lab), proxies: c.proxied(lab), start: time.Now()}
+	use(r)
+	return r
+}
+
+// TestRedisThroughBalancer: what passes the balancer and the proxy is Redis,
+// whole, for real clients and a real server.
+func TestRedisThroughBalancer(t *testing.T) {
+	require.NoError(t, stamp())
+	for _, tt := range []struct{ path string }{{pathL4}, {pathFullNAT}, {pathL7}, {pathHAProxy}} {
+		t.Run(tt.path, func(t *testing.T) {
+			s := NewStanding()
+			s.c.VIPs, s.c.Proxies, s.c.Path = 30, 3, tt.path
+			err := s.Use(t.Context(), Options{Server: ServerRedis}, func(client *netlab.Host) error {
+				carriesRedis(t, client, s)
+				return nil
+			})
+			skipIfNeeded(t, err)
+		})
+	}
+}
+
+func carriesRedis(t *testing.T, client *netlab.Host, s *Standing) {
+	host := vip(7).String()
+	start := func(stdin string, args ...string) (wait func() string) {
+		cmd := exec.CommandContext(t.Context(), "redis-cli", append([]string{"-h", host}, args...)...)
+		var out bytes.Buffer
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
+		require.NoError(t, client.Do(cmd.Start))
+		return func() string {
+			_ = cmd.Wait() // what matters is what it printed
+			return out.String()
+		}
+	}
+	cli := func(stdin string, args ...string) string { return start(stdin, args...)() }
+
+	assert.Contains(t, cli("", "CLIENT", "INFO"), fmt.Sprintf(" laddr=%v:%d ", s.Instance(netip.MustParseAddr(host)), redisPort),
+		"the proxy went to the instance that the VIP stands for")
+
+	assert.Equal(t, "OK\nQUEUED\nQUEUED\n1\n2\n", cli("MULTI\nINCR a\nINCR a\nEXEC\n"), "a transaction")
+
+	subscriber := start("", "--csv", "SUBSCRIBE", "news")
+	require.Eventually(t, func() bool { return cli("", "PUBLISH", "news", "hello") == "1\n" }, 10*time.Second, 20*time.Millisecond, "one subscriber")
+	_ = cli("", "CLIENT", "KILL", "TYPE", "pubsub")
+	assert.Contains(t, subscriber(), `"message","news","hello"`)
+
+	value := strings.Repeat("0123456789abcdef", 10<<20/16)
+	assert.Equal(t, "OK\n", cli(value, "-x", "SET", "big"))
+	assert.Equal(t, value+"\n", cli("", "GET", "big"), "10 MB there and back")
+
+	var pipeline strings.Builder
+	for i := range 10_000 {
+		fmt.Fprintf(&pipeline, "*3\r\n$3\r\nSET\r\n$%d\r\nk%d\r\n$%d\r\n%d\r\n", 1+len(strconv.Itoa(i)), i, len(strconv.Itoa(i)), i)
+	}
+	assert.Contains(t, cli(pipeline.String(), "--pipe"), "errors: 0, replies: 10000")
+	assert.Equal(t, "9999\n", cli("", "GET", "k9999"))
+}
