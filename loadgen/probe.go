@@ -179,11 +179,16 @@ func probeRound(ctx context.Context, cfg ProbeConfig, number int, report *ProbeR
 	return err
 }
 
+// closeRate is how many connections per second a round closes at least: a slow
+// probe need not be slow in closing, too.
+const closeRate = 2000
+
 func (r *round) shutdown(ctx context.Context, held *Held) (left int, err error) {
-	sending := time.Duration(float64(held.Len()) / r.cfg.Rate * float64(time.Second))
+	rate := max(r.cfg.Rate, closeRate)
+	sending := time.Duration(float64(held.Len()) / rate * float64(time.Second))
 	ctx, cancel := context.WithTimeout(ctx, sending+r.cfg.Timeout)
 	defer cancel()
-	return held.Shutdown(ctx, r.cfg.Rate)
+	return held.Shutdown(ctx, rate)
 }
 
 func (r *round) opened(op Op) {

@@ -34,9 +34,10 @@ type benchNet struct {
 
 var benchServer = netip.MustParseAddr("10.0.0.3")
 
-// upBench builds one: over the same two links, the client's a veth, the server's a
-// pumped one.
-func upBench(b *testing.B, balanced bool) *benchNet {
+// upBench builds one. The two links are the same on either side: the client's a
+// veth; the server's a veth too or, for whole connections, a pumped link, which the
+// balancer's return path needs.
+func upBench(b *testing.B, balanced, pumped bool) *benchNet {
 	b.Helper()
 	n := &benchNet{name: "kernel", to: netip.AddrPortFrom(vip(0), redisPort), gateway: balancerAddr}
 	server := &wire.Wire{}
@@ -44,7 +45,7 @@ func upBench(b *testing.B, balanced bool) *benchNet {
 		Switches: []netlab.SwitchSpec{{Name: lanName, Subnet: collisionLAN}},
 		Hosts: []netlab.HostSpec{
 			{Name: "client", Links: []netlab.LinkSpec{{Switch: lanName}}, Routes: []netlab.RouteSpec{{To: vipPrefix, Via: balancerAddr}}},
-			{Name: "server", Links: []netlab.LinkSpec{{Switch: lanName, Addrs: []netip.Addr{benchServer}, Pump: server.Pump, AlwaysPump: true}}},
+			{Name: "server", Links: []netlab.LinkSpec{{Switch: lanName, Addrs: []netip.Addr{benchServer}, Pump: server.Pump, AlwaysPump: pumped}}},
 		},
 	}
 	if balanced {
@@ -82,9 +83,10 @@ func BenchmarkBalancerBesideKernel(b *testing.B) {
 	if err := netlab.CheckPrivilege(); err != nil {
 		b.Skip(err)
 	}
-	nets := []*benchNet{upBench(b, false), upBench(b, true)}
+	forwarding := []*benchNet{upBench(b, false, false), upBench(b, true, false)}
+	whole := []*benchNet{upBench(b, false, true), upBench(b, true, true)}
 	const rounds = 5
-	measure := func(what string, of func(*testing.B, *benchNet) float64) (kernel, balancer float64) {
+	measure := func(what string, nets []*benchNet, of func(*testing.B, *benchNet) float64) (kernel, balancer float64) {
 		var values [2][]float64
 		for range rounds { // interleaved
 			for i, n := range nets {
@@ -99,16 +101,16 @@ func BenchmarkBalancerBesideKernel(b *testing.B) {
 		return kernel, balancer
 	}
 	for b.Loop() {
-		kernel, balancer := measure("SYNs/s", synRate)
+		kernel, balancer := measure("SYNs/s", forwarding, synRate)
 		b.ReportMetric(balancer, "balancer-SYNs/s")
 		b.ReportMetric(balancer/kernel, "SYN-rate-ratio")
 		if balancer < 100_000 {
 			b.Errorf("the balancer passed %.0f packets/s, want 100,000", balancer)
 		}
-		kernel, balancer = measure("bulk, MB/s", bulk)
+		kernel, balancer = measure("bulk, MB/s", whole, bulk)
 		b.ReportMetric(balancer/kernel, "bulk-ratio")
 		for _, q := range []float64{0.5, 0.99} {
-			kernel, balancer = measure(fmt.Sprintf("round trip p%.0f, µs", 100*q), func(b *testing.B, n *benchNet) float64 { return roundTrip(b, n, q) })
+			kernel, balancer = measure(fmt.Sprintf("round trip p%.0f, µs", 100*q), whole, func(b *testing.B, n *benchNet) float64 { return roundTrip(b, n, q) })
 			b.ReportMetric(balancer-kernel, fmt.Sprintf("added-µs-p%.0f", 100*q))
 		}
 	}
@@ -253,4 +255,3 @@ func roundTrip(b *testing.B, n *benchNet, q float64) float64 {
 	slices.Sort(times)
 	return float64(times[int(q*(trips-1))].Nanoseconds()) / 1e3
 }
-

@@ -30,37 +30,37 @@ var TupleCollision = Scenario{
 			Summary: "1,000 VIPs behind 15 proxies, everything at its default: connects time out in nine rounds of ten"},
 		{Name: "forced-first", Role: results.Incident, Set: []string{"pairs=100", "timeout=3500ms"},
 			Summary: "the same local port for two VIPs of one proxy, by bind(): every second connection gets SYN, SYN, SYN and no answer"},
-		{Name: "forced-last", Role: results.Incident, Set: []string{"pairs=100", "timeout=3500ms", "reply=last"},
+		{Name: "forced-last", Role: results.Incident, Set: []string{"pairs=100", "reply=last"},
 			Summary: "the same, replies mapped to the last VIP: the second connects within milliseconds and the first is dead"},
-		{Name: "scaling", Role: results.Incident, Set: []string{"sweep=100,200,500,1000,2000"},
+		{Name: "scaling", Role: results.Incident, Set: []string{"sweep=100,200,500,1000,2000", "rounds=8"},
 			Summary: "how the collisions grow with the number of instances: with its square"},
 		{Name: "slow", Role: results.Incident, Set: []string{"rate=95", "rounds=4"},
 			Summary: "fewer than 100 connections a second: it is the number that is open that counts, not the rate"},
-		{Name: "wider-range", Role: results.FalseLead, Set: []string{"port-range=1024-65535"},
+		{Name: "wider-range", Role: results.FalseLead, Set: []string{"port-range=1024-65535", "rounds=8"},
 			Summary: "the remedy that comes to mind: more local ports; collisions are half as many, and stay"},
-		{Name: "port-range-option", Role: results.FalseLead, Set: []string{"ports=range"},
+		{Name: "port-range-option", Role: results.FalseLead, Set: []string{"ports=range", "rounds=8"},
 			Summary: "IP_LOCAL_PORT_RANGE takes every port instead of every second: half as many, and they stay"},
-		{Name: "long-connections", Role: results.FalseLead, Set: []string{"long=true", "rounds=5"},
+		{Name: "long-connections", Role: results.FalseLead, Set: []string{"long=true", "rounds=3"},
 			Summary: "what users were told: long connections collide while they are opened, and not again"},
-		{Name: "small-groups", Role: results.Fix, Set: []string{"proxies=1000"},
+		{Name: "small-groups", Role: results.Fix, Set: []string{"proxies=1000", "rounds=8"},
 			Summary: "a proxy address for each instance: nobody shares one, nothing can collide"},
-		{Name: "bind-first", Role: results.Fix, Set: []string{"ports=bind"},
+		{Name: "bind-first", Role: results.Fix, Set: []string{"ports=bind", "rounds=8"},
 			Summary: "bind(addr, 0) before connect(): a port that nobody else on the host has"},
 		{Name: "bind-first-exhausted", Role: results.FalseLead, Set: []string{"ports=bind", "port-range=32768-33267", "rounds=2", "parallel=2"},
 			Summary: "the price of it: one range for the whole host; 500 ports are 500 connections, whatever their destination"},
-		{Name: "layer-7", Role: results.Fix, Set: []string{"path=l7"},
+		{Name: "layer-7", Role: results.Fix, Set: []string{"path=l7", "rounds=8", "rate=500"},
 			Summary: "a layer-7 balancer connects from its own address: its kernel keeps the ports apart"},
-		{Name: "haproxy", Role: results.Fix, Set: []string{"path=haproxy"},
+		{Name: "haproxy", Role: results.Fix, Set: []string{"path=haproxy", "rounds=8", "rate=500"},
 			Summary: "the same with a real one, HAProxy in TCP mode"},
-		{Name: "full-nat", Role: results.Fix, Set: []string{"path=fullnat"},
+		{Name: "full-nat", Role: results.Fix, Set: []string{"path=fullnat", "rounds=8"},
 			Summary: "a layer-4 balancer that rewrites the source too, and keeps its ports apart"},
-		{Name: "kernel-nat", Role: results.Fix, Set: []string{"path=kernel-nat"},
+		{Name: "kernel-nat", Role: results.Fix, Set: []string{"path=kernel-nat", "rounds=8"},
 			Summary: "the kernel's own NAT hides the fault: connection tracking moves the port of the second connection"},
-		{Name: "proxies-directly", Role: results.Control, Set: []string{"path=proxies"},
+		{Name: "proxies-directly", Role: results.Control, Set: []string{"path=proxies", "rounds=8"},
 			Summary: "the healthy control: the same number of connections to the proxies themselves"},
-		{Name: "instances-directly", Role: results.Control, Set: []string{"path=redis"},
+		{Name: "instances-directly", Role: results.Control, Set: []string{"path=redis", "rounds=8"},
 			Summary: "and to the Redis instances themselves: ports coincide and nobody minds"},
-		{Name: "placebo", Role: results.Control, Set: []string{"max-syn-backlog=65536"},
+		{Name: "placebo", Role: results.Control, Set: []string{"max-syn-backlog=65536", "rounds=8"},
 			Summary: "the placebo control: a longer SYN queue at the proxies; the numbers of the incident must come back"},
 	},
 }
@@ -116,7 +116,7 @@ func newCollision() *collision {
 	return &collision{
 		VIPs: 1000, Proxies: 15, Rounds: 20, Parallel: 4,
 		Path: pathL4, Reply: replyFirst, Ports: portsKernel, PortRange: portRange{32768, 60999},
-		Rate: 1000, Timeout: 1500 * time.Millisecond, Retries: 3, MaxSYNBacklog: 4096,
+		Rate: 800, Timeout: 1500 * time.Millisecond, Retries: 3, MaxSYNBacklog: 4096,
 	}
 }
 
@@ -182,15 +182,25 @@ func (c *collision) Check() error {
 	case c.Reply == replyLast && c.Pairs == 0:
 		bad("reply=last needs pairs: whom it hurts is an old connection, and a round uses each but once")
 	}
-	if len(errs) == 0 {
-		errs = append(errs, c.checkDescriptors())
+	if len(errs) > 0 {
+		return errors.Join(errs...)
 	}
-	return errors.Join(errs...)
+	if n := min(c.Parallel, c.detectors()) * slices.Max(c.sizes()); n > maxOpen {
+		bad("%d connections would be open at once, and one Redis serves %d: lower parallel or the number of instances", n, maxOpen)
+	}
+	if n := c.detectors(); n > maxDetectors {
+		bad("a detector for each round makes %d, and a switch has room for %d: lower rounds", n, maxDetectors)
+	}
+	return errors.Join(append(errs, c.checkDescriptors())...)
 }
 
+// Bounds of the lab: the addresses that are set up, what one Redis accepts by
+// default (maxclients), and the ports of a bridge.
 const (
-	maxVIPs    = 2000
-	maxProxies = 1000
+	maxVIPs      = 2000
+	maxProxies   = 1000
+	maxOpen      = 9000
+	maxDetectors = 900
 )
 
 // detectors is how many hosts probe: a round each. The kernel keeps the offsets at

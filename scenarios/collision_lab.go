@@ -23,12 +23,14 @@ import (
 // stand in their prefixes: 10.8.1.2 is the VIP of the instance 10.9.1.2.
 var (
 	collisionLAN = netip.MustParsePrefix("10.0.0.0/16")
+	backendLAN   = netip.MustParsePrefix("10.2.0.0/16") // the proxies' way to the instances
 	outsideLAN   = netip.MustParsePrefix("10.1.0.0/16") // where the detectors stand if the kernel does the NAT
 	vipPrefix    = netip.MustParsePrefix("10.8.0.0/16")
 	redisPrefix  = netip.MustParsePrefix("10.9.0.0/16")
 
 	balancerAddr = netip.MustParseAddr("10.0.0.2")
 	redisAddr    = netip.MustParseAddr("10.0.0.3")
+	backendAddr  = netip.MustParseAddr("10.2.0.1") // the instances', there
 	firstProxy   = netip.MustParseAddr("10.0.2.1")
 	outsideAddr  = netip.MustParseAddr("10.1.0.1")
 )
@@ -68,6 +70,7 @@ type collisionNet struct {
 
 const (
 	lanName     = "lan"
+	backendName = "backend"
 	outsideName = "outside"
 )
 
@@ -75,7 +78,9 @@ const (
 // one host that is all Redis instances.
 func (c *collision) Topology() netlab.Topology {
 	c.net = &collisionNet{}
-	t := netlab.Topology{Switches: []netlab.SwitchSpec{{Name: lanName, Subnet: collisionLAN}}}
+	t := netlab.Topology{Switches: []netlab.SwitchSpec{
+		{Name: lanName, Subnet: collisionLAN}, {Name: backendName, Subnet: backendLAN},
+	}}
 	clientLAN, gateway := lanName, balancerAddr
 	if c.Path == pathKernelNAT {
 		// Replies must pass the NAT again, so the detectors stand behind it.
@@ -87,8 +92,11 @@ func (c *collision) Topology() netlab.Topology {
 	}
 	t.Hosts = c.detectorHosts(clientLAN, gateway)
 	t.Hosts = append(t.Hosts, netlab.HostSpec{
-		Name:   "redis",
-		Links:  []netlab.LinkSpec{{Switch: lanName, Addrs: []netip.Addr{redisAddr}}},
+		Name: "redis",
+		Links: []netlab.LinkSpec{
+			{Switch: lanName, Addrs: []netip.Addr{redisAddr}}, // for who goes straight to the instances
+			{Switch: backendName, Addrs: []netip.Addr{backendAddr}},
+		},
 		Routes: []netlab.RouteSpec{{To: redisPrefix}},
 	})
 	if c.Path != pathRedis {
@@ -175,11 +183,11 @@ func (c *collision) proxyHostSpecs() []netlab.HostSpec {
 		}
 		hosts[i] = netlab.HostSpec{
 			Name:  fmt.Sprintf("proxy-%02d", i+1),
-			Links: []netlab.LinkSpec{link},
+			Links: []netlab.LinkSpec{link, {Switch: backendName}},
 			Sysctls: map[string]string{
 				"net.ipv4.tcp_max_syn_backlog": strconv.Itoa(c.MaxSYNBacklog),
 			},
-			Routes: []netlab.RouteSpec{{To: redisPrefix, Via: redisAddr}},
+			Routes: []netlab.RouteSpec{{To: redisPrefix, Via: backendAddr}},
 		}
 		if c.Path == pathKernelNAT {
 			hosts[i].Routes = append(hosts[i].Routes, netlab.RouteSpec{To: outsideLAN, Via: balancerAddr})

@@ -314,6 +314,7 @@ func (r *collisionRun) fillClients() {
 	badRound := map[int]bool{}
 	tries := map[int]int{}
 	failed := loadgen.Counts{}
+	answered := loadgen.NewHistogram()
 	for _, a := range r.attempts {
 		by := end{netip.AddrPortFrom(r.detectors[a.round].Addr(), 0), a.Target}
 		if a.Retry == 0 {
@@ -328,6 +329,7 @@ func (r *collisionRun) fillClients() {
 		}
 		switch a.Class {
 		case loadgen.OK:
+			answered.Record(a.Took)
 			reached[by] = true
 			tries[a.Retry]++
 		case loadgen.ConnectTimeout:
@@ -369,6 +371,14 @@ func (r *collisionRun) fillClients() {
 	r.metric(metricShared, float64(r.shared()), "connections")
 	for retry, n := range tries {
 		r.metric(fmt.Sprintf("clients/Reached.Retries%d", retry), float64(n), "instances")
+	}
+	r.metric("clients/Answered.P50", answered.Quantile(0.5).Seconds(), "s")
+	r.metric("clients/Answered.P99", answered.Quantile(0.99).Seconds(), "s")
+	slowest := answered.Quantile(1)
+	r.metric("clients/Answered.Max", slowest.Seconds(), "s")
+	if slowest > r.c.Timeout/2 {
+		// Whoever is answered that late is not far from a timeout that no collision explains.
+		r.v.Void(fmt.Sprintf("the machine was too busy: an instance that answered took %v, more than half the timeout of %v", slowest.Round(time.Millisecond), r.c.Timeout))
 	}
 	for class, n := range failed {
 		r.metric("clients/Failed."+string(class), float64(n), "attempts")

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -30,12 +31,24 @@ const (
 	saving    = "saving the record"
 )
 
-// runKillable is a run like any other, with a pump, a server and a record.
-func runKillable(dir string) int {
-	rec, err := Run(context.Background(), &Backlog, Options{
-		Variants: []string{"late-ack-abort"}, Set: []string{"hosts=40", "stall=1500ms"},
-		Progress: func(line string) { fmt.Fprintln(os.Stderr, line) },
-	})
+// killables are runs like any other, with pumps, programs and a record: one of each
+// incident.
+var killables = []struct {
+	scenario *Scenario
+	opt      Options
+}{
+	{&Backlog, Options{Variants: []string{"late-ack-abort"}, Set: []string{"hosts=40", "stall=1500ms"}}},
+	{&TupleCollision, Options{Variants: []string{"forced-last", "haproxy"}, Set: []string{"vips=60", "proxies=6", "rounds=4"}}},
+}
+
+func runKillable(which, dir string) int {
+	i, err := strconv.Atoi(which)
+	if err != nil || i >= len(killables) {
+		return 2
+	}
+	k := killables[i]
+	k.opt.Progress = func(line string) { fmt.Fprintln(os.Stderr, line) }
+	rec, err := Run(context.Background(), k.scenario, k.opt)
 	if err == nil {
 		fmt.Fprintln(os.Stderr, saving)
 		_, err = results.Save(dir, rec)
@@ -59,15 +72,19 @@ func TestKilledRunLeavesNothing(t *testing.T) {
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	dir := t.TempDir()
-	whole := time.Now()
-	start(t, dir, "", func(*exec.Cmd, *lines) {})
-	length := time.Since(whole)
+	length := make([]time.Duration, len(killables))
+	for which := range killables {
+		whole := time.Now()
+		start(t, which, dir, "", func(*exec.Cmd, *lines) {})
+		length[which] = time.Since(whole)
+	}
 	namespaces, interfaces, files := namespacesInUse(t), interfaceNames(t), filesIn(t, dir)
 	killedAt := map[string]int{}
 	for i := range kills {
 		token := fmt.Sprintf("%s=%d-%d", killToken, seed, i)
-		delay := time.Duration(random.Int64N(int64(length)))
-		progress := start(t, dir, token, func(cmd *exec.Cmd, progress *lines) {
+		which := i % len(killables)
+		delay := time.Duration(random.Int64N(int64(length[which])))
+		progress := start(t, which, dir, token, func(cmd *exec.Cmd, progress *lines) {
 			if i%5 == 0 { // the moment that makes a file is short: aim at it
 				progress.await(saving)
 				delay = time.Duration(random.Int64N(int64(2 * time.Millisecond)))
@@ -100,11 +117,11 @@ func TestKilledRunLeavesNothing(t *testing.T) {
 }
 
 // start runs a killable run, lets meanwhile have it, and waits for its end.
-func start(t *testing.T, dir, token string, meanwhile func(*exec.Cmd, *lines)) (progress string) {
+func start(t *testing.T, which int, dir, token string, meanwhile func(*exec.Cmd, *lines)) (progress string) {
 	t.Helper()
 	self, err := os.Executable()
 	require.NoError(t, err)
-	cmd := exec.Command(self, killable, dir)
+	cmd := exec.Command(self, killable, strconv.Itoa(which), dir)
 	cmd.Env = append(os.Environ(), token)
 	out := &lines{said: make(chan struct{}, 1)}
 	cmd.Stderr = out

@@ -29,8 +29,8 @@ var programs = map[string]func(ctx context.Context, args []string, stdout, stder
 // under test is a process of its own, as in `connlab run`. As killable it is a
 // whole run, to be killed.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 2 && os.Args[1] == killable {
-		os.Exit(runKillable(os.Args[2]))
+	if len(os.Args) > 3 && os.Args[1] == killable {
+		os.Exit(runKillable(os.Args[2], os.Args[3]))
 	}
 	if len(os.Args) > 1 {
 		if program := programs[os.Args[1]]; program != nil {

@@ -3,16 +3,22 @@ package wire
 import "time"
 
 // delayLine holds packets until they are due, earliest first, and those of one
-// instant in the order in which they came. It is a binary heap: where all are
-// held equally long a push ends where it begins, at the bottom. It grows to what
-// has been in flight at once, at most MaxInFlight, and keeps its buffers.
+// instant in the order in which they came. It keeps its buffers and grows to what
+// has been in flight at once, at most MaxInFlight.
+//
+// Where all are held equally long each is due after the one before, and a queue
+// does: those go into a ring. One that is due before the last of the ring goes
+// into a heap. What leaves next is at the head of one of the two.
 type delayLine struct {
-	heap []entry
-	seq  uint64
-	free []*Packet
+	ring  []entry // the length is 0 or a power of two
+	head  int
+	count int
+	heap  []entry
+	seq   uint64
+	free  []*Packet
 }
 
-// entry is a packet's place in the heap.
+// entry is a packet's place in the line.
 type entry struct {
 	due    time.Duration
 	seq    uint64 // breaks ties
@@ -36,14 +42,63 @@ func (l *delayLine) take() *Packet {
 // give takes back a packet that is no longer needed.
 func (l *delayLine) give(p *Packet) { l.free = append(l.free, p) }
 
-func (l *delayLine) empty() bool { return len(l.heap) == 0 }
+func (l *delayLine) empty() bool { return l.count+len(l.heap) == 0 }
 
-func (l *delayLine) full() bool { return len(l.heap) == MaxInFlight }
+func (l *delayLine) full() bool { return l.count+len(l.heap) == MaxInFlight }
 
 // push queues a packet; the line is not full.
 func (l *delayLine) push(p *Packet, due time.Duration) {
 	e := entry{due: due, seq: l.seq, packet: p}
 	l.seq++
+	if l.count > 0 && due < l.at(l.count-1).due {
+		l.pushHeap(e)
+		return
+	}
+	if l.count == len(l.ring) {
+		l.grow()
+	}
+	*l.at(l.count) = e
+	l.count++
+}
+
+// front is when the first packet is due.
+func (l *delayLine) front() (due time.Duration, ok bool) {
+	switch {
+	case l.empty():
+		return 0, false
+	case l.heapFirst():
+		return l.heap[0].due, true
+	}
+	return l.at(0).due, true
+}
+
+// pop takes the first packet off; the line is not empty.
+func (l *delayLine) pop() *Packet {
+	if l.heapFirst() {
+		return l.popHeap().packet
+	}
+	p := l.at(0).packet
+	l.head = (l.head + 1) & (len(l.ring) - 1)
+	l.count--
+	return p
+}
+
+// heapFirst says that the next packet is the heap's and not the ring's.
+func (l *delayLine) heapFirst() bool {
+	return len(l.heap) > 0 && (l.count == 0 || l.heap[0].before(*l.at(0)))
+}
+
+func (l *delayLine) at(i int) *entry { return &l.ring[(l.head+i)&(len(l.ring)-1)] }
+
+func (l *delayLine) grow() {
+	ring := make([]entry, max(16, 2*len(l.ring)))
+	for i := range l.count {
+		ring[i] = *l.at(i)
+	}
+	l.ring, l.head = ring, 0
+}
+
+func (l *delayLine) pushHeap(e entry) {
 	l.heap = append(l.heap, e)
 	i := len(l.heap) - 1
 	for i > 0 {
@@ -57,21 +112,14 @@ func (l *delayLine) push(p *Packet, due time.Duration) {
 	l.heap[i] = e
 }
 
-// front is when the first packet is due.
-func (l *delayLine) front() (due time.Duration, ok bool) {
-	if l.empty() {
-		return 0, false
-	}
-	return l.heap[0].due, true
-}
-
-// pop takes the first packet off; the line is not empty.
-func (l *delayLine) pop() *Packet {
-	first := l.heap[0].packet
+func (l *delayLine) popHeap() entry {
+	first := l.heap[0]
 	last := len(l.heap) - 1
 	e := l.heap[last]
-	l.heap[last] = entry{}
 	l.heap = l.heap[:last]
+	if last == 0 {
+		return first
+	}
 	i := 0
 	for {
 		child := 2*i + 1
@@ -87,8 +135,6 @@ func (l *delayLine) pop() *Packet {
 		l.heap[i] = l.heap[child]
 		i = child
 	}
-	if last > 0 {
-		l.heap[i] = e
-	}
+	l.heap[i] = e
 	return first
 }

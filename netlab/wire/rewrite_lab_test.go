@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"connlab/netlab"
@@ -87,6 +88,7 @@ func exchange(t *testing.T, clientHost, proxyHost *netlab.Host) (savedSYN []byte
 		return err
 	}))
 	defer l.Close()
+	require.NoError(t, l.(*net.TCPListener).SetDeadline(time.Now().Add(patience)))
 
 	const size = 1 << 19
 	type accepted struct {
@@ -103,15 +105,22 @@ func exchange(t *testing.T, clientHost, proxyHost *netlab.Host) (savedSYN []byte
 		}
 		defer conn.Close()
 		a := accepted{local: conn.LocalAddr().String(), remote: conn.RemoteAddr().String()}
-		if a.syn, a.err = synOf(conn.(*net.TCPConn)); a.err == nil {
+		a.err = conn.SetDeadline(time.Now().Add(patience))
+		if a.err == nil {
+			a.syn, a.err = synOf(conn.(*net.TCPConn))
+		}
+		if a.err == nil {
 			_, a.err = io.CopyN(conn, conn, size)
 		}
 		done <- a
 	}()
 
-	conn, err := clientHost.DialContext(t.Context(), "tcp", vip.String())
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	conn, err := clientHost.DialContext(ctx, "tcp", vip.String())
 	require.NoError(t, err)
 	defer conn.Close()
+	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
 	data := make([]byte, size)
 	_, _ = rand.NewChaCha8([32]byte{2}).Read(data)
 	sent := make(chan error, 1)

@@ -95,17 +95,20 @@ func carry(t *testing.T, n int, from, to *os.File, counts func() Counts) []int {
 	return out
 }
 
+// patience bounds every wait for what should take milliseconds.
+const patience = 20 * time.Second
+
 // await waits until the condition holds.
 func await(t testing.TB, condition func() (ok bool, state any)) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		ok, state := condition()
 		if ok {
 			return
 		}
 		if time.Now().After(deadline) {
-			require.FailNow(t, "condition not met in 20 s", "last state: %+v", state)
+			require.FailNow(t, "condition not met in time", "last state: %+v", state)
 		}
 		time.Sleep(50 * time.Microsecond)
 	}
