@@ -36,7 +36,7 @@ var TupleCollision = Scenario{
 			Summary: "how the collisions grow with the number of instances: with its square"},
 		{Name: "slow", Role: results.Incident, Set: []string{"rate=95", "rounds=4"},
 			Summary: "fewer than 100 connections a second: it is the number that is open that counts, not the rate"},
-		{Name: "wider-range", Role: results.FalseLead, Set: []string{"port-range=1024-65535", "rounds=8"},
+		{Name: "wider-range", Role: results.FalseLead, Set: []string{"port-range=1024-65535", "rounds=12"},
 			Summary: "the remedy that comes to mind: more local ports; collisions are half as many, and stay"},
 		{Name: "port-range-option", Role: results.FalseLead, Set: []string{"ports=range", "rounds=8"},
 			Summary: "IP_LOCAL_PORT_RANGE takes every port instead of every second: half as many, and they stay"},

@@ -102,12 +102,12 @@ func (r *collisionRun) collide(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return r.fillCapture(&file, first[0], second[0], secondOver)
+	return r.fillCapture(&file, second[0], secondOver)
 }
 
 // fillCapture counts the packets of the captured pair, up to the time at which the
 // second connection was made or given up.
-func (r *collisionRun) fillCapture(file io.Reader, first, second netip.AddrPort, until time.Time) error {
+func (r *collisionRun) fillCapture(file io.Reader, second netip.AddrPort, until time.Time) error {
 	reader, err := pcapgo.NewNgReader(file, pcapgo.NgReaderOptions{WantMixedLinkType: true})
 	if err != nil {
 		return fmt.Errorf("reading the capture: %w", err)

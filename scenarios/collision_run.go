@@ -295,6 +295,9 @@ func (r *collisionRun) fill(timeline *observe.Timeline) error {
 		}
 		r.metric("proxies/"+counter, float64(n), unitOf(counter))
 	}
+	if syns, counted := r.v.Metrics[metricCollisionSYNs]; counted {
+		r.metric(metricUnchallenged, syns.Value-float64(deltas["TcpExt.TCPSYNChallenge"]), "SYNs")
+	}
 	if n := deltas["TcpExt.ListenOverflows"]; n > 0 {
 		r.v.Void(fmt.Sprintf("%d SYNs found the accept queue of a proxy full: that is another incident", n))
 	}
@@ -457,7 +460,7 @@ func (r *collisionRun) fillBalancer() {
 		unnoticed += max(0, -n)
 	}
 	r.metric(metricCollisions, float64(len(collisions)), "connections")
-	r.metric("balancer/Collisions.SYNs", float64(syns), "packets")
+	r.metric(metricCollisionSYNs, float64(syns), "SYNs")
 	r.metric(metricUnexplained, float64(unexplained), "attempts")
 	r.metric(metricUnnoticed, float64(unnoticed), "connections")
 	r.v.Series = append(r.v.Series, results.NewSeries("collisions", "connections", points))

@@ -181,7 +181,8 @@ func TestExpectedCollisions(t *testing.T) {
 		require.NoError(t, apply(e, strings.Fields(tt.set)))
 		rules := goldenRules
 		rules.ConnectPortStep = tt.step
-		assert.InDelta(t, tt.mean, e.expected(e.VIPs, rules), tt.delta, tt.why)
+		got := e.expected(e.VIPs, rules)
+		assert.InDelta(t, tt.mean, got, tt.delta, tt.why)
 	}
 	article := newCollision()
 	atLeastOne := -math.Expm1(-article.expected(1000, goldenRules))

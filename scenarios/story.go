@@ -63,7 +63,7 @@ THE FORMULA
   connect() takes only every second port of ip_local_port_range, so P is 14,116 by
   default. n = 1,000 and k = 15 make μ = 2.33: a timeout in nine rounds of ten. It grows
   with the square of n: 100 instances collide once in fifty rounds.
-  Which ports collide is chance, so the claims are tests at the level of one in 10,000:
+  Which ports collide is chance, so the claims are tests at the level of one in 100,000:
   Poisson for the collisions, binomial for the rounds.
 
 WHAT IS COMPARED
