@@ -45,9 +45,9 @@ fuzz: ## Fuzz each parser for FUZZTIME (1m)
 	done
 
 .PHONY: bench
-bench: setup ## Ratios: server beside redis-server, lab beside mininet; root or sudo
-	$(GO) test -run '^$$' -bench 'BesideRedis|VersusMininet' -benchtime 1x -timeout 30m -p 1 -v ./server ./netlab
-	$(GO) test -run '^$$' -bench . -skip 'BesideRedis|VersusMininet' -timeout 30m -p 1 ./...
+bench: setup ## Ratios: server beside redis-server, lab beside mininet, balancer beside the kernel; root or sudo
+	$(GO) test -run '^$$' -bench 'BesideRedis|VersusMininet|BesideKernel' -benchtime 1x -timeout 30m -p 1 -v ./server ./netlab ./scenarios
+	$(GO) test -run '^$$' -bench . -skip 'BesideRedis|VersusMininet|BesideKernel' -timeout 30m -p 1 ./...
 
 .PHONY: lint
 lint: ## golangci-lint, pinned

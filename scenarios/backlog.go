@@ -1,7 +1,6 @@
 package scenarios
 
 import (
-	"errors"
 	"flag"
 	"fmt"
 	"math"
@@ -116,57 +115,47 @@ const (
 
 // Check implements [Experiment].
 func (b *backlog) Check() error {
-	var errs []error
-	within := func(name string, value, low, high float64) {
-		if !(value >= low && value <= high) {
-			errs = append(errs, fmt.Errorf("%s=%v is out of range: %v to %v", name, value, low, high))
-		}
-	}
-	lasting := func(name string, value, low, high time.Duration) {
-		if value < low || value > high {
-			errs = append(errs, fmt.Errorf("%s=%v is out of range: %v to %v", name, value, low, high))
-		}
-	}
-	within("hosts", float64(b.Hosts), 1, 1000)
-	within("held", float64(b.Held), 0, 8000)
-	within("rate", b.Rate, 1, 10000)
-	lasting("stall", b.Stall, 0, 5*time.Second)
+	var found checks
+	found.within("hosts", float64(b.Hosts), 1, 1000)
+	found.within("held", float64(b.Held), 0, 8000)
+	found.within("rate", b.Rate, 1, 10000)
+	found.lasting("stall", b.Stall, 0, 5*time.Second)
 	if b.Stall > 0 {
-		lasting("stall", b.Stall, 100*time.Millisecond, 5*time.Second) // ten samples at least
+		found.lasting("stall", b.Stall, 100*time.Millisecond, 5*time.Second) // ten samples at least
 	}
-	within("backlog", float64(b.Backlog), 1, 65535)
-	within("somaxconn", float64(b.Somaxconn), 1, 65535)
-	within("max-syn-backlog", float64(b.MaxSYNBacklog), 1, 1e6)
-	within("abort", float64(b.Abort), 0, 1)
-	within("accepts", float64(b.Accepts), 1, 1e5)
-	lasting("delay", b.Delay, 0, 500*time.Millisecond)
-	lasting("timeout", b.Timeout, 50*time.Millisecond, time.Minute)
-	within("volley-1", float64(b.Volley1), 0, 8000)
-	within("volley-2", float64(b.Volley2), 0, 8000)
+	found.within("backlog", float64(b.Backlog), 1, 65535)
+	found.within("somaxconn", float64(b.Somaxconn), 1, 65535)
+	found.within("max-syn-backlog", float64(b.MaxSYNBacklog), 1, 1e6)
+	found.within("abort", float64(b.Abort), 0, 1)
+	found.within("accepts", float64(b.Accepts), 1, 1e5)
+	found.lasting("delay", b.Delay, 0, 500*time.Millisecond)
+	found.lasting("timeout", b.Timeout, 50*time.Millisecond, time.Minute)
+	found.within("volley-1", float64(b.Volley1), 0, 8000)
+	found.within("volley-2", float64(b.Volley2), 0, 8000)
 	switch {
 	case b.OverHeld && b.Held == 0:
-		errs = append(errs, errors.New("over-held=true needs held connections"))
+		found.bad("over-held=true needs held connections")
 	case b.OverHeld && b.Volley1 > 0:
-		errs = append(errs, errors.New("volleys are new connections: not with over-held=true"))
+		found.bad("volleys are new connections: not with over-held=true")
 	case b.Volley2 > 0 && b.Volley1 == 0:
-		errs = append(errs, errors.New("volley-2 needs volley-1"))
+		found.bad("volley-2 needs volley-1")
 	case b.Volley1 > 0 && b.Stall < minVolleyFor:
-		errs = append(errs, fmt.Errorf("volleys need a stall of at least %v to happen in", minVolleyFor))
+		found.bad("volleys need a stall of at least %v to happen in", minVolleyFor)
 	case b.Volley1 > 0 && b.Delay < 5*time.Millisecond:
-		errs = append(errs, errors.New("volleys need delay=5ms or more: without latency each handshake is over before the next SYN"))
+		found.bad("volleys need delay=5ms or more: without latency each handshake is over before the next SYN")
 	case b.Volley1 > 0 && b.Delay > 40*time.Millisecond:
-		errs = append(errs, errors.New("volleys need delay=40ms or less, to be established in time"))
+		found.bad("volleys need delay=40ms or less, to be established in time")
 	case b.Volley1 == 0 && b.Delay > 0:
-		errs = append(errs, errors.New("delay is for the volleys: set volley-1 too"))
+		found.bad("delay is for the volleys: set volley-1 too")
 	case b.Volley2 > 0 && b.Volley1 > b.queue(KernelRules{}).places():
-		errs = append(errs, fmt.Errorf("volley-1=%d must fit the accept queue of %d places, for volley-2 to overflow it", b.Volley1, b.queue(KernelRules{}).places()))
+		found.bad("volley-1=%d must fit the accept queue of %d places, for volley-2 to overflow it", b.Volley1, b.queue(KernelRules{}).places())
 	case b.Volley2 > b.queue(KernelRules{}).places():
-		errs = append(errs, fmt.Errorf("volley-2=%d must fit the SYN queue of %d places, or cookies take over", b.Volley2, b.queue(KernelRules{}).places()))
+		found.bad("volley-2=%d must fit the SYN queue of %d places, or cookies take over", b.Volley2, b.queue(KernelRules{}).places())
 	}
-	if len(errs) == 0 {
-		errs = append(errs, b.checkDescriptors())
+	if len(found) > 0 {
+		return found.err()
 	}
-	return errors.Join(errs...)
+	return b.checkDescriptors()
 }
 
 // checkDescriptors compares what the load needs at most with what this process

@@ -141,57 +141,44 @@ func (c *collision) Flags(fs *flag.FlagSet) {
 
 // Check implements [Experiment].
 func (c *collision) Check() error {
-	var errs []error
-	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-	within := func(name string, value, low, high float64) {
-		if !(value >= low && value <= high) {
-			bad("%s=%v is out of range: %v to %v", name, value, low, high)
-		}
-	}
-	among := func(name, value string, known ...string) {
-		if !slices.Contains(known, value) {
-			bad("%s=%s: there is: %s", name, value, strings.Join(known, ", "))
-		}
-	}
-	within("vips", float64(c.VIPs), 1, maxVIPs)
-	within("proxies", float64(c.Proxies), 1, maxProxies)
-	within("rounds", float64(c.Rounds), 1, 200)
-	within("parallel", float64(c.Parallel), 1, 8)
-	within("rate", c.Rate, 1, 5000)
-	within("retries", float64(c.Retries), 0, 10)
-	within("pairs", float64(c.Pairs), 0, 400)
-	within("max-syn-backlog", float64(c.MaxSYNBacklog), 1, 1e6)
-	if c.Timeout < 50*time.Millisecond || c.Timeout > time.Minute {
-		bad("timeout=%v is out of range: 50ms to 1m0s", c.Timeout)
-	}
-	among("path", c.Path, pathL4, pathFullNAT, pathKernelNAT, pathL7, pathHAProxy, pathProxies, pathRedis)
-	among("reply", c.Reply, replyFirst, replyLast)
-	among("ports", c.Ports, portsKernel, portsBind, portsRange)
+	var found checks
+	found.within("vips", float64(c.VIPs), 1, maxVIPs)
+	found.within("proxies", float64(c.Proxies), 1, maxProxies)
+	found.within("rounds", float64(c.Rounds), 1, 200)
+	found.within("parallel", float64(c.Parallel), 1, 8)
+	found.within("rate", c.Rate, 1, 5000)
+	found.within("retries", float64(c.Retries), 0, 10)
+	found.within("pairs", float64(c.Pairs), 0, 400)
+	found.within("max-syn-backlog", float64(c.MaxSYNBacklog), 1, 1e6)
+	found.lasting("timeout", c.Timeout, 50*time.Millisecond, time.Minute)
+	found.among("path", c.Path, pathL4, pathFullNAT, pathKernelNAT, pathL7, pathHAProxy, pathProxies, pathRedis)
+	found.among("reply", c.Reply, replyFirst, replyLast)
+	found.among("ports", c.Ports, portsKernel, portsBind, portsRange)
 	for _, n := range c.Sweep {
-		within("sweep", float64(n), 1, maxVIPs)
+		found.within("sweep", float64(n), 1, maxVIPs)
 	}
 	switch {
 	case c.Pairs > 0 && c.Path != pathL4:
-		bad("pairs collide only behind the transparent balancer: not with path=%s", c.Path)
+		found.bad("pairs collide only behind the transparent balancer: not with path=%s", c.Path)
 	case c.Pairs > 0 && (c.Long || len(c.Sweep) > 0):
-		bad("pairs are a load of their own: not with long or sweep")
+		found.bad("pairs are a load of their own: not with long or sweep")
 	case c.Pairs > 0 && c.VIPs < 2*c.Proxies:
-		bad("pairs need two VIPs at each proxy: vips=%d is less than twice proxies=%d", c.VIPs, c.Proxies)
+		found.bad("pairs need two VIPs at each proxy: vips=%d is less than twice proxies=%d", c.VIPs, c.Proxies)
 	case c.Long && len(c.Sweep) > 0:
-		bad("long and sweep are two loads: choose one")
+		found.bad("long and sweep are two loads: choose one")
 	case c.Reply == replyLast && c.Pairs == 0:
-		bad("reply=last needs pairs: whom it hurts is an old connection, and a round uses each but once")
+		found.bad("reply=last needs pairs: whom it hurts is an old connection, and a round uses each but once")
 	}
-	if len(errs) > 0 {
-		return errors.Join(errs...)
+	if len(found) > 0 {
+		return found.err()
 	}
 	if n := min(c.Parallel, c.detectors()) * slices.Max(c.sizes()); n > maxOpen {
-		bad("%d connections would be open at once, and one Redis serves %d: lower parallel or the number of instances", n, maxOpen)
+		found.bad("%d connections would be open at once, and one Redis serves %d: lower parallel or the number of instances", n, maxOpen)
 	}
 	if n := c.detectors(); n > maxDetectors {
-		bad("a detector for each round makes %d, and a switch has room for %d: lower rounds", n, maxDetectors)
+		found.bad("a detector for each round makes %d, and a switch has room for %d: lower rounds", n, maxDetectors)
 	}
-	return errors.Join(append(errs, c.checkDescriptors())...)
+	return errors.Join(found.err(), c.checkDescriptors())
 }
 
 // Bounds of the lab: the addresses that are set up, what one Redis accepts by
