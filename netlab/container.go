@@ -20,21 +20,23 @@ import (
 // commit_creds), and its children never have it.
 type container struct {
 	holder *exec.Cmd
+	pidfd  int       // of the holder: /proc has other numbers where this process is itself contained
 	open   io.Closer // the end of the pipe that keeps it
 }
 
 func newContainer() (*container, error) {
 	holder := exec.Command("/bin/cat")
+	c := &container{holder: holder, pidfd: -1}
 	// Out of reach of a Ctrl-C, as the programs are.
-	holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Setpgid: true}
-	open, err := holder.StdinPipe()
-	if err != nil {
+	holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Setpgid: true, PidFD: &c.pidfd}
+	var err error
+	if c.open, err = holder.StdinPipe(); err != nil {
 		return nil, fmt.Errorf("new process-id namespace: %w", err)
 	}
 	if err := holder.Start(); err != nil {
 		return nil, fmt.Errorf("new process-id namespace: %w", err)
 	}
-	return &container{holder: holder, open: open}, nil
+	return c, nil
 }
 
 // start starts cmd in the container. It must run on the lab's thread: the
@@ -46,12 +48,7 @@ func (c *container) start(cmd *exec.Cmd) error {
 		return fmt.Errorf("opening the own process-id namespace: %w", err)
 	}
 	defer unix.Close(home)
-	inside, err := unix.Open(fmt.Sprintf("/proc/%d/ns/pid", c.holder.Process.Pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("opening the container's process-id namespace: %w", err)
-	}
-	defer unix.Close(inside)
-	if err := unix.Setns(inside, unix.CLONE_NEWPID); err != nil {
+	if err := unix.Setns(c.pidfd, unix.CLONE_NEWPID); err != nil { // by pidfd since Linux 5.8
 		return os.NewSyscallError("setns", err)
 	}
 	err = cmd.Start()
@@ -68,5 +65,5 @@ func (c *container) start(cmd *exec.Cmd) error {
 // close ends what is in the container and returns when all of it is gone; the
 // program that was started there must have been waited for.
 func (c *container) close() error {
-	return errors.Join(c.open.Close(), c.holder.Wait())
+	return errors.Join(c.open.Close(), c.holder.Wait(), unix.Close(c.pidfd))
 }

@@ -368,9 +368,9 @@ var versionRE = regexp.MustCompile(`\d+(\.\d+)+`)
 // probeProgram looks for a program and asks for its version.
 func probeProgram(name, versionFlag string) func(*scratch) (string, bool, error) {
 	return func(*scratch) (string, bool, error) {
-		path, err := exec.LookPath(name)
+		path, err := LookProgram(name)
 		if errors.Is(err, exec.ErrNotFound) {
-			return "not in PATH", false, nil
+			return "neither in PATH nor in " + strings.Join(programDirs, " or "), false, nil
 		}
 		if err != nil {
 			return "", false, err

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
@@ -59,7 +58,7 @@ func TestDoctor(t *testing.T) {
 	// go.mod says godebug multipathtcp=0; without it this fails on every current kernel.
 	assert.True(t, findings[NeedPlainTCP].OK, findings[NeedPlainTCP].Detail)
 	for need, program := range map[Need]string{NeedRedis: "redis-server", NeedHAProxy: "haproxy", NeedTshark: "tshark"} {
-		path, err := exec.LookPath(program)
+		path, err := LookProgram(program)
 		assert.Equal(t, err == nil, findings[need].OK, program)
 		if err == nil {
 			assert.Regexp(t, "^"+regexp.QuoteMeta(path)+` \d+\.\d+`, findings[need].Detail)

@@ -33,8 +33,15 @@ type Program struct {
 	// must leave no file; nil is /dev/null. A reader that has not ended when the
 	// program has is waited for a second.
 	Stdin io.Reader
-	// Stdout and Stderr get a copy of the output; either may be nil.
+	// Stdout and Stderr get a copy of the output; either may be nil. What outlives
+	// the program and still holds its output is waited for a second.
 	Stdout, Stderr io.Writer
+	// Terminal is for a program that a person talks to. Stdin, Stdout and Stderr
+	// are its own, where they are files, and nothing is kept for Process.Output. It
+	// is in this process's group, so that it may read the terminal; a Ctrl-C there
+	// is for both. When it ends, this process is the terminal's foreground again,
+	// if it was before.
+	Terminal bool
 	// Contain starts the program in a process-id namespace of its own, and all
 	// that it forks is killed when it ends or this process dies, whatever group,
 	// session or user it has made its own. It is for programs that fork, such as
@@ -54,8 +61,8 @@ type Process struct {
 
 // Start runs a program in the host's namespace and returns when it is ready. It
 // is killed when ctx ends and when this process dies, however that happens. When
-// it ends, what it has left in its process group is killed; see
-// [Program].Contain for programs that leave more. A program that ends before it
+// it ends, what it has left in its process group is killed, if it has one of its
+// own; see [Program].Contain for programs that leave more. A program that ends before it
 // is ready, or is not ready in time, is an error that quotes its output.
 func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
 	proc := &Process{host: h, tail: &tail{}, done: make(chan struct{})}
@@ -63,12 +70,16 @@ func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
 	cmd.Env = append(os.Environ(), p.Env...)
 	cmd.Dir = p.Dir
 	cmd.Stdin = p.Stdin
-	cmd.Stdout = tee(proc.tail, p.Stdout)
-	cmd.Stderr = tee(proc.tail, p.Stderr)
 	cmd.WaitDelay = time.Second
-	cmd.SysProcAttr = &syscall.SysProcAttr{
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	var tty *terminal
+	if p.Terminal {
+		cmd.Stdout, cmd.Stderr = p.Stdout, p.Stderr
+		tty = foregroundTerminal()
+	} else {
+		cmd.Stdout, cmd.Stderr = tee(proc.tail, p.Stdout), tee(proc.tail, p.Stderr)
 		// A Ctrl-C at the terminal is for connlab, which then ends its programs in order.
-		Setpgid: true,
+		cmd.SysProcAttr.Setpgid = true
 	}
 	proc.cmd = cmd
 	start, end := cmd.Start, func() error { return nil }
@@ -83,16 +94,21 @@ func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
 	}
 	// The child inherits the namespace of the thread that forks.
 	if err := h.Do(start); err != nil {
-		return nil, fmt.Errorf("starting %s: %w", p.Path, errors.Join(err, end()))
+		return nil, fmt.Errorf("starting %s: %w", p.Path, errors.Join(err, end(), tty.takeBack()))
 	}
 	h.lab.mu.Lock()
 	h.lab.procs[proc] = struct{}{}
 	h.lab.mu.Unlock()
 	go func() {
 		proc.err = cmd.Wait()
-		// What the program started and left behind would keep the namespace.
-		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
-		proc.err = errors.Join(proc.err, end())
+		if errors.Is(proc.err, exec.ErrWaitDelay) {
+			proc.err = nil // it ended well; what holds its output or reads for it did not
+		}
+		if !p.Terminal {
+			// What the program started and left behind would keep the namespace.
+			_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
+		}
+		proc.err = errors.Join(proc.err, end(), tty.takeBack())
 		h.lab.mu.Lock()
 		delete(h.lab.procs, proc)
 		h.lab.mu.Unlock()
@@ -159,6 +175,13 @@ func (p *Process) Output() string { return p.tail.String() }
 
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Wait returns when the process has ended, and what is contained with it; the error
+// has an [*exec.ExitError] in it unless the exit status was zero.
+func (p *Process) Wait() error {
+	<-p.done
+	return p.err
+}
 
 // Signal sends a signal, for example SIGSTOP.
 func (p *Process) Signal(s os.Signal) error {

@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -273,6 +275,46 @@ func TestContain(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, own+"\n", p.Output())
 	})
+}
+
+// A program at the terminal has the files that it was given, and its group is ours.
+func TestTerminal(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	in, err := os.Open("/dev/null")
+	require.NoError(t, err)
+	defer in.Close()
+	out, err := os.Create(t.TempDir() + "/out")
+	require.NoError(t, err)
+	defer out.Close()
+	for _, contain := range []bool{false, true} {
+		prog := sh("readlink /proc/self/fd/1; ps -o pgid= -p $(cut -d' ' -f4 /proc/self/stat); exit 3")
+		prog.Terminal, prog.Contain = true, contain
+		prog.Stdin, prog.Stdout, prog.Stderr = in, out, out
+		p, err := server.Start(t.Context(), prog)
+		require.NoError(t, err)
+		exit, ok := errors.AsType[*exec.ExitError](p.Wait())
+		require.True(t, ok)
+		assert.Equal(t, 3, exit.ExitCode())
+		assert.Empty(t, p.Output())
+		b, err := os.ReadFile(out.Name())
+		require.NoError(t, err)
+		assert.Equal(t, []string{out.Name(), strconv.Itoa(unix.Getpgrp())}, strings.Fields(string(b)))
+		require.NoError(t, out.Truncate(0))
+		_, err = out.Seek(0, io.SeekStart)
+		require.NoError(t, err)
+	}
+}
+
+// A child that holds the output does not keep a program from having ended.
+func TestWait(t *testing.T) {
+	lab := up(t, star(1))
+	prog := sh("sleep 1000 & echo said")
+	prog.Contain = true
+	p, err := lab.Host("server").Start(t.Context(), prog)
+	require.NoError(t, err)
+	require.NoError(t, p.Wait())
+	assert.Equal(t, "said\n", p.Output())
 }
 
 func TestTailKeepsTheEnd(t *testing.T) {

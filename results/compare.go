@@ -268,7 +268,10 @@ func WriteComparison(w io.Writer, c Comparison, opts TableOptions) error {
 	for _, regression := range c.Regressions {
 		r.text("", "worse: "+regression)
 	}
-	if !c.Regressed() {
+	switch {
+	case len(c.Variants) == 0:
+		r.line("no variant in common: nothing was compared")
+	case !c.Regressed():
 		r.line("nothing is worse in b")
 	}
 	return r.writeTo(w)

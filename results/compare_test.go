@@ -67,6 +67,21 @@ func TestCompare(t *testing.T) {
 	}
 }
 
+func TestCompareWithNothingInCommon(t *testing.T) {
+	a, b := sampleRecord(), sampleRecord()
+	for i := range b.Variants {
+		b.Variants[i].Name += "-of-b"
+	}
+	c := Compare(a, b)
+	assert.Empty(t, c.Variants)
+	assert.Len(t, c.OnlyA, len(a.Variants))
+	assert.Len(t, c.OnlyB, len(b.Variants))
+	var out strings.Builder
+	require.NoError(t, WriteComparison(&out, c, TableOptions{}))
+	assert.True(t, strings.HasSuffix(out.String(), "\nno variant in common: nothing was compared\n"), out.String())
+	assert.NotContains(t, out.String(), "nothing is worse", "where nothing was compared nothing is known")
+}
+
 func TestCompareWithItself(t *testing.T) {
 	c := Compare(sampleRecord(), sampleRecord())
 	assert.Empty(t, c.Warnings)

@@ -15,7 +15,7 @@ import (
 )
 
 // goldenRules are those of the kernel that results/golden was recorded on.
-var goldenRules = KernelRules{LinearSYNTimeouts: 4, TimerRounding: 32 * time.Millisecond, ConnectPortStep: 2}
+var goldenRules = KernelRules{LinearSYNTimeouts: 4, TimerRounding: 32 * time.Millisecond, ConnectPortStep: 2, RangePortStep: 1}
 
 // TestBacklog reproduces incident 1: every variant against the mini server, and
 // the heart of it against a real redis-server in the same place.

@@ -27,20 +27,20 @@ var TupleCollision = Scenario{
 	New:   func() Experiment { return newCollision() },
 	Variants: []Variant{
 		{Name: "incident", Role: results.Incident,
-			Summary: "1,000 VIPs behind 15 proxies, everything at its default: connects time out in nine rounds of ten"},
+			Summary: "1,000 VIPs behind 15 proxies, everything at its default, each round from a client of its own: connects time out in nine rounds of ten"},
 		{Name: "forced-first", Role: results.Incident, Set: []string{"pairs=100", "timeout=3500ms"},
 			Summary: "the same local port for two VIPs of one proxy, by bind(): every second connection gets SYN, SYN, SYN and no answer"},
 		{Name: "forced-last", Role: results.Incident, Set: []string{"pairs=100", "reply=last"},
 			Summary: "the same, replies mapped to the last VIP: the second connects within milliseconds and the first is dead"},
-		{Name: "scaling", Role: results.Incident, Set: []string{"sweep=100,200,500,1000,2000", "rounds=8"},
+		{Name: "scaling", Role: results.Incident, Set: []string{"sweep=100x40,200x40,500x32,1000x12,2000x6"},
 			Summary: "how the collisions grow with the number of instances: with its square"},
-		{Name: "slow", Role: results.Incident, Set: []string{"rate=95", "rounds=4"},
-			Summary: "fewer than 100 connections a second: it is the number that is open that counts, not the rate"},
+		{Name: "slow", Role: results.Incident, Set: []string{"rate=95", "rounds=5", "parallel=5"},
+			Summary: "fewer than 100 connections a second from each client: it is the number that is open that counts, not the rate"},
 		{Name: "wider-range", Role: results.FalseLead, Set: []string{"port-range=1024-65535", "rounds=12"},
 			Summary: "the remedy that comes to mind: more local ports; collisions are half as many, and stay"},
-		{Name: "port-range-option", Role: results.FalseLead, Set: []string{"ports=range", "rounds=8"},
+		{Name: "port-range-option", Role: results.FalseLead, Set: []string{"ports=range", "rounds=12"},
 			Summary: "IP_LOCAL_PORT_RANGE takes every port instead of every second: half as many, and they stay"},
-		{Name: "long-connections", Role: results.FalseLead, Set: []string{"long=true", "rounds=3"},
+		{Name: "long-connections", Role: results.FalseLead, Set: []string{"long=true", "rounds=3", "parallel=5"},
 			Summary: "what users were told: long connections collide while they are opened, and not again"},
 		{Name: "small-groups", Role: results.Fix, Set: []string{"proxies=1000", "rounds=8"},
 			Summary: "a proxy address for each instance: nobody shares one, nothing can collide"},
@@ -48,14 +48,14 @@ var TupleCollision = Scenario{
 			Summary: "bind(addr, 0) before connect(): a port that nobody else on the host has"},
 		{Name: "bind-first-exhausted", Role: results.FalseLead, Set: []string{"ports=bind", "port-range=32768-33267", "rounds=2", "parallel=2"},
 			Summary: "the price of it: one range for the whole host; 500 ports are 500 connections, whatever their destination"},
-		{Name: "layer-7", Role: results.Fix, Set: []string{"path=l7", "rounds=8", "rate=500"},
+		{Name: "layer-7", Role: results.Fix, Set: []string{"path=l7", "rounds=8", "rate=400"},
 			Summary: "a layer-7 balancer connects from its own address: its kernel keeps the ports apart"},
-		{Name: "haproxy", Role: results.Fix, Set: []string{"path=haproxy", "rounds=8", "rate=500"},
+		{Name: "haproxy", Role: results.Fix, Set: []string{"path=haproxy", "rounds=8", "rate=400"},
 			Summary: "the same with a real one, HAProxy in TCP mode"},
 		{Name: "full-nat", Role: results.Fix, Set: []string{"path=fullnat", "rounds=8"},
 			Summary: "a layer-4 balancer that rewrites the source too, and keeps its ports apart"},
 		{Name: "kernel-nat", Role: results.Fix, Set: []string{"path=kernel-nat", "rounds=8"},
-			Summary: "the kernel's own NAT hides the fault: connection tracking moves the port of the second connection"},
+			Summary: "the kernel's own NAT (not telling the proxies the VIP) hides the fault: connection tracking moves the second connection's port"},
 		{Name: "proxies-directly", Role: results.Control, Set: []string{"path=proxies", "rounds=8"},
 			Summary: "the healthy control: the same number of connections to the proxies themselves"},
 		{Name: "instances-directly", Role: results.Control, Set: []string{"path=redis", "rounds=8"},
@@ -97,7 +97,7 @@ type collision struct {
 	Proxies       int
 	Rounds        int
 	Parallel      int
-	Sweep         sizes
+	Sweep         sweep
 	Path          string
 	Reply         string
 	Ports         string
@@ -122,18 +122,18 @@ func newCollision() *collision {
 
 // Flags implements [Experiment].
 func (c *collision) Flags(fs *flag.FlagSet) {
-	fs.IntVar(&c.VIPs, "vips", c.VIPs, "n: Redis `instances`, each with a VIP of its own (1 to 2000)")
-	fs.IntVar(&c.Proxies, "proxies", c.Proxies, "k: proxy `addresses`, each serving n/k instances (1 to 1000)")
-	fs.IntVar(&c.Rounds, "rounds", c.Rounds, "R: rounds, in each of which one detector opens a connection to every instance (1 to 200)")
-	fs.IntVar(&c.Parallel, "parallel", c.Parallel, "`detectors` at work at the same time, each in a round of its own (1 to 8)")
-	fs.Var(&c.Sweep, "sweep", "comma-separated `numbers` of instances to probe one after the other, instead of n")
-	fs.StringVar(&c.Path, "path", c.Path, "way to the instances: `l4`, fullnat, kernel-nat, l7, haproxy, proxies or redis")
-	fs.StringVar(&c.Reply, "reply", c.Reply, "which VIP the replies of a shared tuple come from: `first` or last")
-	fs.StringVar(&c.Ports, "ports", c.Ports, "who picks local ports: `kernel` (connect), bind (bind(addr, 0) first) or range (IP_LOCAL_PORT_RANGE)")
-	fs.Var(&c.PortRange, "port-range", "net.ipv4.ip_local_port_range of the detectors, as `LOW-HIGH`")
-	fs.Float64Var(&c.Rate, "rate", c.Rate, "connections per second that a detector opens (1 to 5000)")
-	fs.DurationVar(&c.Timeout, "timeout", c.Timeout, "how long a detector waits for a connection, and again for the reply (50ms to 60s)")
-	fs.IntVar(&c.Retries, "retries", c.Retries, "how often it tries an instance again within a round (0 to 10)")
+	fs.IntVar(&c.VIPs, "vips", c.VIPs, "n: `number` of Redis instances, each with a VIP of its own (1 to 2000)")
+	fs.IntVar(&c.Proxies, "proxies", c.Proxies, "k: `number` of proxies (addresses), each serving n/k instances (1 to 1000)")
+	fs.IntVar(&c.Rounds, "rounds", c.Rounds, "R: `number` of rounds, in each of which another client opens a connection to every instance (1 to 200)")
+	fs.IntVar(&c.Parallel, "parallel", c.Parallel, "`number` of clients at work at the same time, each in a round of its own (1 to 8)")
+	fs.Var(&c.Sweep, "sweep", "probe several numbers of instances one after the other, each for so many rounds: `NxR,NxR…`")
+	fs.StringVar(&c.Path, "path", c.Path, "`way` to the instances: l4, fullnat, kernel-nat, l7, haproxy, proxies or redis")
+	fs.StringVar(&c.Reply, "reply", c.Reply, "`which` VIP the replies of a shared tuple come from behind l4: first or last")
+	fs.StringVar(&c.Ports, "ports", c.Ports, "`who` picks local ports: kernel (connect), bind (bind(addr, 0) first) or range (IP_LOCAL_PORT_RANGE)")
+	fs.Var(&c.PortRange, "port-range", "net.ipv4.ip_local_port_range of the clients, as `LOW-HIGH`")
+	fs.Float64Var(&c.Rate, "rate", c.Rate, "connections per second that each client opens (1 to 5000)")
+	fs.DurationVar(&c.Timeout, "timeout", c.Timeout, "how long a client waits for a connection, and again for the reply (50ms to 60s)")
+	fs.IntVar(&c.Retries, "retries", c.Retries, "how often it tries an instance again within a round (`number`, 0 to 10)")
 	fs.IntVar(&c.Pairs, "pairs", c.Pairs, "instead of rounds: so many `pairs` of connections with one local port, to two VIPs of one proxy (0 to 400)")
 	fs.BoolVar(&c.Long, "long", c.Long, "open the connections once, and send R rounds of PINGs over them")
 	fs.IntVar(&c.MaxSYNBacklog, "max-syn-backlog", c.MaxSYNBacklog, "net.ipv4.tcp_max_syn_backlog of the proxies (1 to 1000000)")
@@ -154,14 +154,17 @@ func (c *collision) Check() error {
 	found.among("path", c.Path, pathL4, pathFullNAT, pathKernelNAT, pathL7, pathHAProxy, pathProxies, pathRedis)
 	found.among("reply", c.Reply, replyFirst, replyLast)
 	found.among("ports", c.Ports, portsKernel, portsBind, portsRange)
-	for _, n := range c.Sweep {
-		found.within("sweep", float64(n), 1, maxVIPs)
+	for _, leg := range c.Sweep {
+		found.within("sweep", float64(leg.instances), 1, maxVIPs)
+		found.within("sweep's rounds", float64(leg.rounds), 1, 200)
 	}
 	switch {
 	case c.Pairs > 0 && c.Path != pathL4:
 		found.bad("pairs collide only behind the transparent balancer: not with path=%s", c.Path)
 	case c.Pairs > 0 && (c.Long || len(c.Sweep) > 0):
 		found.bad("pairs are a load of their own: not with long or sweep")
+	case c.Pairs > c.PortRange.ports():
+		found.bad("pairs=%d need a port each, and port-range has %d", c.Pairs, c.PortRange.ports())
 	case c.Pairs > 0 && c.VIPs < 2*c.Proxies:
 		found.bad("pairs need two VIPs at each proxy: vips=%d is less than twice proxies=%d", c.VIPs, c.Proxies)
 	case c.Long && len(c.Sweep) > 0:
@@ -172,7 +175,10 @@ func (c *collision) Check() error {
 	if len(found) > 0 {
 		return found.err()
 	}
-	if n := min(c.Parallel, c.detectors()) * slices.Max(c.sizes()); n > maxOpen {
+	if n := slices.Max(c.groups(c.most())); c.Pairs == 0 && c.Ports != portsBind && 10*n > c.PortRange.ports() {
+		found.bad("a proxy serves %d instances, and the formula is for many more ports than %d: raise port-range or proxies", n, c.PortRange.ports())
+	}
+	if n := min(c.Parallel, c.detectors()) * c.most(); n > maxOpen {
 		found.bad("%d connections would be open at once, and one Redis serves %d: lower parallel or the number of instances", n, maxOpen)
 	}
 	if n := c.detectors(); n > maxDetectors {
@@ -204,15 +210,31 @@ func (c *collision) detectors() int {
 	case c.Long:
 		return c.Parallel
 	}
-	return c.Rounds * len(c.sizes())
+	n := 0
+	for _, leg := range c.legs() {
+		n += leg.rounds
+	}
+	return n
 }
 
-// sizes are the numbers of instances to probe.
-func (c *collision) sizes() []int {
+// leg is so many rounds with so many instances.
+type leg struct{ instances, rounds int }
+
+// legs are what is probed, one after the other.
+func (c *collision) legs() []leg {
 	if len(c.Sweep) > 0 {
 		return c.Sweep
 	}
-	return []int{c.VIPs}
+	return []leg{{c.VIPs, c.Rounds}}
+}
+
+// most is the largest number of instances that is probed.
+func (c *collision) most() int {
+	n := 0
+	for _, leg := range c.legs() {
+		n = max(n, leg.instances)
+	}
+	return n
 }
 
 // checkDescriptors compares what the detectors hold open at most with what this
@@ -223,7 +245,7 @@ func (c *collision) checkDescriptors() error {
 		return os.NewSyscallError("getrlimit", err)
 	}
 	const perHost, others = 6, 300
-	need := min(c.Parallel, c.detectors())*slices.Max(c.sizes()) + stashed + (c.detectors()+min(c.Proxies, proxyHosts))*perHost + others
+	need := min(c.Parallel, c.detectors())*c.most() + stashed + (c.detectors()+min(c.Proxies, proxyHosts))*perHost + others
 	if uint64(need) > limit.Max {
 		return fmt.Errorf("this load may need %d open files, and the limit is %d: raise it (ulimit -Hn) or lower parallel, vips or rounds", need, limit.Max)
 	}
@@ -232,11 +254,11 @@ func (c *collision) checkDescriptors() error {
 
 // usable is P, from how many ports a connection's local port is drawn.
 func (c *collision) usable(rules KernelRules) float64 {
-	all := float64(c.PortRange.ports())
-	if c.Ports == portsKernel {
-		return math.Floor(all / float64(rules.ConnectPortStep))
+	step := rules.ConnectPortStep
+	if c.Ports == portsRange {
+		step = rules.RangePortStep
 	}
-	return all
+	return math.Floor(float64(c.PortRange.ports()) / float64(max(1, step)))
 }
 
 // groups returns how many of n instances each of the k proxies serves.
@@ -290,30 +312,32 @@ func (r *portRange) Set(s string) error {
 	return nil
 }
 
-// sizes is a list of numbers as a parameter.
-type sizes []int
+// sweep is a list of legs as a parameter: "100x40,1000x12".
+type sweep []leg
 
 // String implements [flag.Value].
-func (s *sizes) String() string {
+func (s *sweep) String() string {
 	words := make([]string, len(*s))
-	for i, n := range *s {
-		words[i] = strconv.Itoa(n)
+	for i, leg := range *s {
+		words[i] = fmt.Sprintf("%dx%d", leg.instances, leg.rounds)
 	}
 	return strings.Join(words, ",")
 }
 
 // Set implements [flag.Value].
-func (s *sizes) Set(text string) error {
-	var list sizes
+func (s *sweep) Set(text string) error {
+	var list sweep
 	for word := range strings.SplitSeq(text, ",") {
-		if word = strings.TrimSpace(word); word == "" {
-			continue
+		n, r, _ := strings.Cut(word, "x")
+		instances, err1 := strconv.Atoi(n)
+		rounds, err2 := strconv.Atoi(r)
+		if errors.Join(err1, err2) != nil {
+			return errors.New("want instances x rounds, with commas between: 100x40,1000x12")
 		}
-		n, err := strconv.Atoi(word)
-		if err != nil {
-			return errors.New("want numbers with commas between them")
+		if slices.ContainsFunc(list, func(l leg) bool { return l.instances == instances }) {
+			return fmt.Errorf("%d instances are there twice", instances)
 		}
-		list = append(list, n)
+		list = append(list, leg{instances, rounds})
 	}
 	*s = list
 	return nil

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/netip"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 
@@ -90,7 +89,7 @@ func (c *collision) Topology() netlab.Topology {
 	if c.Path == pathL4 || c.Path == pathFullNAT {
 		t.Devices = []netlab.DeviceSpec{c.balancerDevice()}
 	}
-	t.Hosts = c.detectorHosts(clientLAN, gateway)
+	t.Hosts = c.clientHosts(clientLAN, gateway)
 	t.Hosts = append(t.Hosts, netlab.HostSpec{
 		Name: "redis",
 		Links: []netlab.LinkSpec{
@@ -122,10 +121,12 @@ func (c *collision) Topology() netlab.Topology {
 	return t
 }
 
-func (c *collision) detectorHosts(lan string, gateway netip.Addr) []netlab.HostSpec {
+// clientHosts are the detectors, and the canary.
+func (c *collision) clientHosts(lan string, gateway netip.Addr) []netlab.HostSpec {
 	hosts := netlab.Clients(c.detectors(), "detector", lan, map[string]string{
 		"net.ipv4.ip_local_port_range": fmt.Sprintf("%d %d", c.PortRange.low, c.PortRange.high),
 	})
+	hosts = append(hosts, netlab.HostSpec{Name: "canary", Links: []netlab.LinkSpec{{Switch: lan}}})
 	for i := range hosts {
 		switch c.Path {
 		case pathProxies:
@@ -134,9 +135,10 @@ func (c *collision) detectorHosts(lan string, gateway netip.Addr) []netlab.HostS
 		default:
 			hosts[i].Routes = []netlab.RouteSpec{{To: vipPrefix, Via: gateway}}
 		}
-		if c.Pairs > 0 {
+		if c.Pairs > 0 && i < c.detectors() {
 			// What is captured on a TAP device has its checksums complete.
 			w := &wire.Wire{}
+			c.net.wires = append(c.net.wires, w)
 			hosts[i].Links[0].Pump, hosts[i].Links[0].AlwaysPump = w.Pump, true
 		}
 	}
@@ -153,7 +155,7 @@ func (c *collision) balancerDevice() netlab.DeviceSpec {
 	}
 	balancer, err := l4lb.New(cfg)
 	if err != nil {
-		panic(fmt.Sprintf("the balancer's configuration is made of constants: %v", err))
+		panic(fmt.Sprintf("parameters that Check has passed make a balancer: %v", err))
 	}
 	w := &wire.Wire{Entering: []wire.Stage{balancer.Stage}}
 	c.net.balancer = balancer
@@ -213,13 +215,13 @@ func (c *collision) probing(lab *netlab.Lab) []*netlab.Host { return lab.Hosts()
 // startPrograms starts the Redis instances, the proxies and what balances in
 // user space above TCP. They end with the lab.
 func (c *collision) startPrograms(ctx context.Context, lab *netlab.Lab, opt Options) (*target, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("finding this executable: %w", err)
+	}
 	t, err := opt.server.start(ctx, lab.Host("redis"), serverConfig{backlog: 4096, acceptsPerCycle: 1000}, opt.Log)
 	if err != nil {
 		return nil, err
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return t, fmt.Errorf("finding this executable: %w", err)
 	}
 	var g errgroup.Group
 	for _, h := range c.proxied(lab) {
@@ -233,7 +235,10 @@ func (c *collision) startPrograms(ctx context.Context, lab *netlab.Lab, opt Opti
 	case pathKernelNAT:
 		g.Go(func() error { return c.addKernelNAT(lab.Host("balancer")) })
 	}
-	return t, g.Wait()
+	if err := g.Wait(); err != nil {
+		return nil, errors.Join(err, t.control.Close())
+	}
+	return t, nil
 }
 
 func startProxy(ctx context.Context, h *netlab.Host, self string, args []string, log io.Writer) error {
@@ -287,12 +292,11 @@ func (c *collision) startHAProxy(ctx context.Context, h *netlab.Host, log io.Wri
 }
 
 func findHAProxy() (string, error) {
-	for _, name := range []string{"haproxy", "/usr/sbin/haproxy"} {
-		if path, err := exec.LookPath(name); err == nil {
-			return path, nil
-		}
+	path, err := netlab.LookProgram("haproxy")
+	if err != nil {
+		return "", &netlab.NeedError{Need: netlab.NeedHAProxy, Err: errors.New("it is not installed; install it with: apt-get install haproxy")}
 	}
-	return "", &netlab.NeedError{Need: netlab.NeedHAProxy, Err: errors.New("it is not in PATH; install it with: apt-get install haproxy")}
+	return path, nil
 }
 
 // haproxyConfig sends the VIPs of each group to their proxy, and the VIP along.

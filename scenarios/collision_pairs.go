@@ -40,6 +40,9 @@ func (r *collisionRun) collide(ctx context.Context) (err error) {
 	capture, err := observe.StartCapture(&file, observe.CaptureConfig{
 		Points: []observe.CapturePoint{{Host: r.detectors[0]}, {Host: r.proxies[c.group(first[0].Addr())%len(r.proxies)]}},
 		Port:   uint16(c.PortRange.low),
+		Comment: fmt.Sprintf("connlab tuple-collision %s: local port %d to %v, then to %v, both behind proxy %v, at the client and at the proxy. "+
+			"Option 250 of a SYN at the proxy is the VIP: port and address. Replies of the shared tuple come from the %s VIP.",
+			r.v.Name, c.PortRange.low, first[0], second[0], proxyAddr(c.group(first[0].Addr())), c.Reply),
 	})
 	if err != nil {
 		return err
@@ -94,8 +97,14 @@ func (r *collisionRun) collide(ctx context.Context) (err error) {
 	if n := later.NotStarted; n > 0 {
 		r.metric("clients/First.Later.gone", float64(n), "connections")
 	}
-	if _, err := capture.Stop(); err != nil {
+	stats, err := capture.Stop()
+	if err != nil {
 		return err
+	}
+	for _, p := range stats.Points {
+		if p.Dropped > 0 || stats.LimitReached {
+			r.v.Void(fmt.Sprintf("the capture at %s is not whole: %d packets dropped, limit reached: %v", p.Host, p.Dropped, stats.LimitReached))
+		}
 	}
 	if r.opt.Capture != nil {
 		if err := r.opt.Capture(r.v.Name, file.Bytes()); err != nil {

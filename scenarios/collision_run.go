@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -30,6 +31,7 @@ type collisionRun struct {
 	mu       sync.Mutex
 	attempts []attempt
 	later    loadgen.Counts // of requests over connections that stay open
+	over     atomic.Int64   // rounds
 
 }
 
@@ -47,6 +49,9 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if len(r.proxies) > 0 {
 		v.Link = r.proxies[0].LinkKind()
 	}
+	if c.Ports == portsRange && ReadKernelRules().RangePortStep == 0 {
+		return &netlab.NeedError{Need: "IP_LOCAL_PORT_RANGE", Err: netlab.ErrUnsupported}
+	}
 	opt.progress("starting the instances and %d proxies at %d addresses", len(r.proxies), c.Proxies)
 	t, err := c.startPrograms(ctx, lab, opt)
 	if err != nil {
@@ -56,6 +61,11 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if v.Sysctls, err = observe.ReadSysctls(r.detectors[0], "net.ipv4.ip_local_port_range", "net.ipv4.tcp_syn_retries"); err != nil {
 		return err
 	}
+	canary, err := c.startCanary(ctx, lab.Host("canary"))
+	if err != nil {
+		return err
+	}
+	defer canary.stop()
 	watch, err := observe.Start(ctx, observe.Config{Counters: append(slices.Clone(r.proxies), lab.Host("redis"))})
 	if err != nil {
 		return err
@@ -72,6 +82,12 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	}
 	if err != nil {
 		return err
+	}
+	slowest := canary.stop()
+	r.metric("lab/Canary.Max", slowest.Seconds(), "s")
+	if slowest > c.Timeout/2 {
+		v.Void(fmt.Sprintf("the machine was too busy: over a connection that nothing collides with, a PING took %v, more than half the timeout of %v",
+			slowest.Round(time.Millisecond), c.Timeout))
 	}
 	timeline, err := watch.Stop()
 	if err != nil {
@@ -137,10 +153,10 @@ func (r *collisionRun) probe(ctx context.Context) error {
 	type job struct{ round, size int }
 	jobs := make(chan job)
 	var g errgroup.Group
+	outer := ctx
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	total := r.c.detectors()
-	var done int
+	go r.report(ctx)
 	for range r.c.Parallel {
 		g.Go(func() error {
 			for j := range jobs {
@@ -148,26 +164,17 @@ func (r *collisionRun) probe(ctx context.Context) error {
 					cancel()
 					return err
 				}
-				r.mu.Lock()
-				done++
-				timeouts := 0
-				for _, a := range r.attempts {
-					if a.Class == loadgen.ConnectTimeout {
-						timeouts++
-					}
-				}
-				r.opt.progress("round %d of %d over, %d timeouts so far", done, total, timeouts)
-				r.mu.Unlock()
+				r.over.Add(1)
 			}
 			return nil
 		})
 	}
 	round := 0
 feed:
-	for _, n := range r.c.sizes() {
-		for range r.c.Rounds {
+	for _, leg := range r.c.legs() {
+		for range leg.rounds {
 			select {
-			case jobs <- job{round, n}:
+			case jobs <- job{round, leg.instances}:
 			case <-ctx.Done():
 				break feed
 			}
@@ -175,7 +182,29 @@ feed:
 		}
 	}
 	close(jobs)
-	return g.Wait()
+	return errors.Join(g.Wait(), context.Cause(outer))
+}
+
+// report says every second how far the rounds are.
+func (r *collisionRun) report(ctx context.Context) {
+	for tick := time.NewTicker(time.Second); ; {
+		select {
+		case <-ctx.Done():
+			tick.Stop()
+			return
+		case <-tick.C:
+			r.mu.Lock()
+			timeouts := 0
+			for _, a := range r.attempts {
+				if a.Class == loadgen.ConnectTimeout {
+					timeouts++
+				}
+			}
+			attempts := len(r.attempts)
+			r.mu.Unlock()
+			r.opt.progress("%d of %d rounds over, %d connections so far, %d timed out", r.over.Load(), r.c.detectors(), attempts, timeouts)
+		}
+	}
 }
 
 func (r *collisionRun) round(ctx context.Context, h *netlab.Host, round, size int) error {
@@ -202,8 +231,12 @@ func (r *collisionRun) add(a attempt) {
 // sends R rounds of requests over them.
 func (r *collisionRun) stayOpen(ctx context.Context) error {
 	var g errgroup.Group
+	watched, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go r.report(watched)
 	for d, h := range r.detectors {
 		g.Go(func() error {
+			defer r.over.Add(1)
 			from, closeUnused, err := r.c.from(h)
 			if err != nil {
 				return err
@@ -265,8 +298,8 @@ func (r *collisionRun) overHeld(ctx context.Context, held *loadgen.Held) error {
 	return nil
 }
 
-// end is one end of a connection: the client's address and port, and where it goes.
-type end struct{ local, target netip.AddrPort }
+// flow is a connection as its client sees it.
+type flow struct{ local, target netip.AddrPort }
 
 // fill turns what was seen into metrics.
 func (r *collisionRun) fill(timeline *observe.Timeline) error {
@@ -297,6 +330,7 @@ func (r *collisionRun) fill(timeline *observe.Timeline) error {
 	}
 	if syns, counted := r.v.Metrics[metricCollisionSYNs]; counted {
 		r.metric(metricUnchallenged, syns.Value-float64(deltas["TcpExt.TCPSYNChallenge"]), "SYNs")
+		r.metric(metricQuiet, r.v.Metrics[metricCollisions].Value-float64(deltas["TcpExt.TCPSYNChallenge"]), "connections")
 	}
 	if n := deltas["TcpExt.ListenOverflows"]; n > 0 {
 		r.v.Void(fmt.Sprintf("%d SYNs found the accept queue of a proxy full: that is another incident", n))
@@ -310,88 +344,66 @@ func (r *collisionRun) fill(timeline *observe.Timeline) error {
 	return nil
 }
 
-// fillClients counts what the detectors saw.
+// fillClients counts what the detectors saw. Every attempt ends in one column:
+// answered, timed out, without a local port, or failed in another way.
 func (r *collisionRun) fillClients() {
-	var probed, timeouts, other, noPort, odd, even int
-	reached := map[end]bool{} // by detector and target
+	var probed, answered, timeouts, noPort, noPortAgain, odd, even int
 	badRound := map[int]bool{}
-	tries := map[int]int{}
+	retries := map[int]int{}
 	failed := loadgen.Counts{}
-	answered := loadgen.NewHistogram()
+	took := loadgen.NewHistogram()
 	for _, a := range r.attempts {
-		by := end{netip.AddrPortFrom(r.detectors[a.round].Addr(), 0), a.Target}
 		if a.Retry == 0 {
 			probed++
-		}
-		if a.Local.Port() != 0 {
-			if a.Local.Port()%2 == 1 {
+			switch port := a.Local.Port(); {
+			case port == 0:
+			case port%2 == 1:
 				odd++
-			} else {
+			default:
 				even++
 			}
 		}
 		switch a.Class {
 		case loadgen.OK:
-			answered.Record(a.Took)
-			reached[by] = true
-			tries[a.Retry]++
+			answered++
+			retries[a.Retry]++
+			took.Record(a.Took)
 		case loadgen.ConnectTimeout:
 			timeouts++
 			badRound[a.round] = true
-			reached[by] = reached[by] || false
 		case loadgen.NoLocalPort:
 			if a.Retry == 0 {
 				noPort++
+			} else {
+				noPortAgain++
 			}
 		default:
-			other++
 			failed[a.Class]++
-		}
-		if _, seen := reached[by]; !seen {
-			reached[by] = false
-		}
-	}
-	unreached := 0
-	for _, ok := range reached {
-		if !ok {
-			unreached++
-		}
-	}
-	if r.c.Path == pathProxies { // many connections go to one target: count them by try
-		unreached = probed
-		for _, n := range tries {
-			unreached -= n
 		}
 	}
 	r.metric(metricProbed, float64(probed), "instances")
+	r.metric(metricAnswered, float64(answered), "instances")
+	r.metric(metricUnreached, float64(probed-answered), "instances") // one that has answered is not tried again
 	r.metric(metricTimedOut, float64(timeouts), "attempts")
 	r.metric(metricBadRounds, float64(len(badRound)), "rounds")
-	r.metric(metricUnreached, float64(unreached), "instances")
-	r.metric(metricOtherFailures, float64(other), "attempts")
+	r.metric(metricOtherFailures, float64(failed.Sum()), "attempts")
 	r.metric(metricNoPort, float64(noPort), "instances")
+	r.metric("clients/NoLocalPort.Retries", float64(noPortAgain), "attempts")
 	r.metric(metricOddPorts, float64(odd), "ports")
 	r.metric(metricEvenPorts, float64(even), "ports")
 	r.metric(metricShared, float64(r.shared()), "connections")
-	for retry, n := range tries {
-		r.metric(fmt.Sprintf("clients/Reached.Retries%d", retry), float64(n), "instances")
-	}
-	r.metric("clients/Answered.P50", answered.Quantile(0.5).Seconds(), "s")
-	r.metric("clients/Answered.P99", answered.Quantile(0.99).Seconds(), "s")
-	slowest := answered.Quantile(1)
-	r.metric("clients/Answered.Max", slowest.Seconds(), "s")
-	if slowest > r.c.Timeout/2 {
-		// Whoever is answered that late is not far from a timeout that no collision explains.
-		r.v.Void(fmt.Sprintf("the machine was too busy: an instance that answered took %v, more than half the timeout of %v", slowest.Round(time.Millisecond), r.c.Timeout))
+	r.metric("clients/Took.P50", took.Quantile(0.5).Seconds(), "s")
+	r.metric("clients/Took.P99", took.Quantile(0.99).Seconds(), "s")
+	r.metric("clients/Took.Max", took.Quantile(1).Seconds(), "s")
+	for retry, n := range retries {
+		r.metric(fmt.Sprintf("clients/Answered.Retry%d", retry), float64(n), "instances")
 	}
 	for class, n := range failed {
 		r.metric("clients/Failed."+string(class), float64(n), "attempts")
 	}
 	if r.c.Long {
-		r.metric(metricLater, float64(r.later.Sum()-r.later[loadgen.OK]), "requests")
-		for class, n := range r.later {
-			r.metric("clients/Requests.Later."+string(class), float64(n), "requests")
-		}
-		r.metric("clients/Requests.Later", float64(r.later.Sum()), "requests")
+		r.metric(metricLaterOK, float64(r.later[loadgen.OK]), "requests")
+		r.metric(metricLaterFailed, float64(r.later.Sum()-r.later[loadgen.OK]), "requests")
 	}
 }
 
@@ -418,11 +430,7 @@ func (r *collisionRun) shared() int {
 // groupOf is which proxy a target leads to.
 func (r *collisionRun) groupOf(target netip.AddrPort) int {
 	if r.c.Path == pathProxies {
-		for g := range r.c.Proxies {
-			if proxyAddr(g) == target {
-				return g
-			}
-		}
+		return hostNumber(target.Addr()) - hostNumber(firstProxy)
 	}
 	return r.c.group(target.Addr())
 }
@@ -434,23 +442,23 @@ func (r *collisionRun) fillBalancer() {
 		s := b.Stats()
 		r.metric(metricSYNs, float64(s.SYNs), "packets")
 		r.metric(metricOptions, float64(s.OptionsAdded), "packets")
-		r.metric(metricMalformed, float64(s.Malformed), "packets")
+		r.metric(metricDropped, float64(s.Dropped()-s.NotTCP), "packets")
 		r.metric("balancer/Packets", float64(s.Packets), "packets")
 	}
 	if r.c.net.returns == nil {
 		return
 	}
 	collisions := collisionsOf(r.c.net.returns)
-	balance := map[end]int{}
+	balance := map[flow]int{}
 	for _, a := range r.attempts {
 		if a.Class == loadgen.ConnectTimeout {
-			balance[end{a.Local, a.Target}]++
+			balance[flow{a.Local, a.Target}]++
 		}
 	}
 	syns := 0
 	points := []results.Point{{T: 0, V: 0}}
 	for i, hit := range collisions {
-		balance[end{hit.Client, hit.Second}]--
+		balance[flow{hit.Client, hit.Second}]--
 		syns += hit.SYNs
 		points = append(points, results.Point{T: hit.At.Sub(r.start).Seconds(), V: float64(i + 1)})
 	}
@@ -479,8 +487,8 @@ func (r *collisionRun) fillSweep(collisions []l4lb.Collision) {
 	for _, hit := range collisions {
 		count[size[hit.Client.Addr()]]++
 	}
-	for _, n := range r.c.Sweep {
-		r.metric(sweepMetric(n), float64(count[n]), "connections")
+	for _, leg := range r.c.Sweep {
+		r.metric(sweepMetric(leg.instances), float64(count[leg.instances]), "connections")
 	}
 }
 

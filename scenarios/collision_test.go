@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"connlab/loadgen"
 	"connlab/netlab"
 	"connlab/netlab/observe"
 	"connlab/results"
@@ -29,8 +30,8 @@ func TestTupleCollision(t *testing.T) {
 	if underRace {
 		// The same code, slowly: what the detector looks for is in the packets' path.
 		rec := run(t, &TupleCollision, Options{
-			Variants: []string{"incident", "forced-first", "forced-last", "scaling", "long-connections", "layer-7", "full-nat", "kernel-nat"},
-			Set:      []string{"rounds=2", "rate=300", "parallel=2"},
+			Variants: []string{"incident", "forced-first", "forced-last", "long-connections", "layer-7", "full-nat", "kernel-nat"},
+			Set:      []string{"rounds=8", "rate=200", "parallel=5"},
 		})
 		for _, v := range rec.Variants {
 			assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
@@ -72,7 +73,6 @@ func wrongFormula(t *testing.T, rec *results.Record) {
 	} {
 		rules := goldenRules
 		rules.ConnectPortStep = tt.step
-		all := results.Variant{Name: "all rounds", Metrics: map[string]results.Metric{}}
 		predicted, measured := 0.0, 0.0
 		for _, name := range []string{"incident", "scaling", "slow", "long-connections", "placebo"} {
 			arms, err := TupleCollision.prepare(Options{Variants: []string{name}})
@@ -86,14 +86,82 @@ func wrongFormula(t *testing.T, rec *results.Record) {
 				}
 			}
 		}
-		all.Metrics[metricCollisions] = results.Metric{Value: measured, Unit: "connections"}
-		all.Predictions = []results.Prediction{{
-			Metric: metricCollisions, Formula: "Σ R·pairs/P", Unit: "connections", Predicted: predicted, Tolerance: results.Poisson(testLevel),
-		}}
-		all.Judge()
-		assert.Equal(t, tt.want, all.Verdict, "%s: %s", tt.why, all.Reason)
-		t.Logf("%s: predicted %.1f, measured %.0f: %s", tt.why, predicted, measured, all.Verdict)
+		verdict := judged(predicted, measured)
+		assert.Equal(t, tt.want, verdict, "%s: predicted %.1f, measured %.0f", tt.why, predicted, measured)
+		t.Logf("%s: predicted %.1f, measured %.0f: %s", tt.why, predicted, measured, verdict)
 	}
+
+	// Twice the instances, twice the collisions: it is four times as many.
+	for _, v := range rec.Variants {
+		if v.Name == "scaling" {
+			const rounds = 6 // with 2,000 instances
+			linear := 2 * rounds * newCollision().expected(1000, goldenRules)
+			measured := v.Metrics[sweepMetric(2000)].Value
+			assert.Equal(t, results.Refuted, judged(linear, measured), "a linear law: predicted %.1f, measured %.0f", linear, measured)
+			t.Logf("a linear law: predicted %.1f, measured %.0f", linear, measured)
+		}
+	}
+}
+
+// judged is what the judge says of a count and its predicted mean.
+func judged(predicted, measured float64) results.Verdict {
+	v := results.Variant{
+		Metrics: map[string]results.Metric{metricCollisions: {Value: measured, Unit: "connections"}},
+		Predictions: []results.Prediction{{
+			Metric: metricCollisions, Formula: "Σ R·pairs/P", Unit: "connections", Predicted: predicted, Tolerance: results.Poisson(testLevel),
+		}},
+	}
+	v.Judge()
+	return v.Verdict
+}
+
+// Why each round is another client's: rounds of one client within ten seconds are
+// not independent. The pairs of destinations that get one port in a round are drawn
+// anew only every ten seconds, and move apart but slowly.
+func TestRoundsOfOneClientRepeat(t *testing.T) {
+	require.NoError(t, stamp())
+	const rounds, destinations = 8, 1000
+	c := newCollision()
+	c.Path, c.Rounds, c.Proxies = pathRedis, 2, 1
+	repeated := func(clients int) (again, all int) {
+		inCollisionLab(t, c, Options{}, func(r *collisionRun) {
+			before := map[string]bool{}
+			for round := range rounds {
+				from, closeUnused, err := c.from(r.detectors[round%clients])
+				require.NoError(t, err)
+				byPort := map[uint16]int{}
+				now := map[string]bool{}
+				held, _, err := loadgen.Hold(t.Context(), loadgen.Config{
+					Targets: c.targets(destinations), Sources: []loadgen.Source{from}, ConnectOnly: true, Close: loadgen.Reset,
+					Schedule: loadgen.Constant(5000, time.Hour).First(destinations),
+					OnOp: func(op loadgen.Op) {
+						if other, taken := byPort[op.Local.Port()]; taken {
+							now[fmt.Sprint(min(other, op.Index), max(other, op.Index))] = true
+						}
+						byPort[op.Local.Port()] = op.Index
+					},
+				})
+				closeUnused()
+				require.NoError(t, err)
+				held.Close()
+				for pair := range now {
+					all++
+					if before[pair] {
+						again++
+					}
+				}
+				before = now
+			}
+		})
+		return again, all
+	}
+	again, all := repeated(1)
+	t.Logf("one client: %d of %d pairs had one port in the round before as well", again, all)
+	// Both move on by 2, 4 … 16 at random: by the same in one round of eight.
+	assert.Greater(t, again, all/30, "far more than independent rounds would have, which is none")
+	againOfTwo, allOfTwo := repeated(2)
+	t.Logf("two clients in turn: %d of %d", againOfTwo, allOfTwo)
+	assert.Less(t, againOfTwo, 3, "rounds of different clients are independent")
 }
 
 // The check must be able to fail: without a shared proxy the incident's symptom
@@ -133,13 +201,15 @@ func TestTupleCollisionCheck(t *testing.T) {
 		{"no such policy", "reply=middle", "reply=middle: there is: first, last"},
 		{"no time", "timeout=1ms", "timeout=1ms is out of range"},
 		{"pairs without the balancer", "pairs=10 path=l7", "pairs collide only behind the transparent balancer"},
+		{"too few ports for the formula", "port-range=40000-40100", "the formula is for many more ports than 101"},
+		{"pairs without ports", "pairs=200 port-range=65400-65500", "pairs=200 need a port each, and port-range has 101"},
 		{"pairs without a second VIP", "pairs=10 vips=20", "vips=20 is less than twice proxies=15"},
 		{"two loads", "pairs=10 long=true", "pairs are a load of their own"},
-		{"two loads again", "long=true sweep=100", "choose one"},
+		{"two loads again", "long=true sweep=100x2", "choose one"},
 		{"nobody to hurt", "reply=last", "reply=last needs pairs"},
-		{"a size that is none", "sweep=100,5000", "sweep=5000 is out of range: 1 to 2000"},
+		{"a size that is none", "sweep=100x2,5000x2", "sweep=5000 is out of range: 1 to 2000"},
 		{"more connections than a Redis serves", "vips=2000 parallel=5", "10000 connections would be open at once"},
-		{"more detectors than ports", "sweep=1,1,1,1,1 rounds=200", "a detector for each round makes 1000"},
+		{"more detectors than ports", "sweep=1x200,2x200,3x200,4x200,5x200", "a detector for each round makes 1000"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			e := TupleCollision.New()
@@ -149,7 +219,7 @@ func TestTupleCollisionCheck(t *testing.T) {
 			assert.Contains(t, err.Error(), tt.want)
 		})
 	}
-	for _, set := range []string{"port-range=1-2", "port-range=5000", "port-range=6000-5000", "port-range=60000-70000", "sweep=a"} {
+	for _, set := range []string{"port-range=1-2", "port-range=5000", "port-range=6000-5000", "port-range=60000-70000", "sweep=a", "sweep=100", "sweep=100x", "sweep=100x2,100x3"} {
 		require.Error(t, apply(TupleCollision.New(), []string{set}), set)
 	}
 	for _, v := range TupleCollision.Variants {
@@ -236,8 +306,12 @@ func TestCapture(t *testing.T) {
 		capture, err := observe.StartCapture(file, cfg)
 		require.NoError(t, err)
 		require.NoError(t, r.probe(t.Context()))
-		_, err = capture.Stop()
+		stats, err := capture.Stop()
 		require.NoError(t, err)
+		require.False(t, stats.LimitReached)
+		for _, p := range stats.Points {
+			require.Zero(t, p.Dropped, "packets that the capture at %s missed", p.Host)
+		}
 	})
 	require.GreaterOrEqual(t, len(r.attempts), rounds*instances)
 
@@ -302,7 +376,7 @@ func TestRedisThroughBalancer(t *testing.T) {
 			s := NewStanding()
 			s.c.VIPs, s.c.Proxies, s.c.Path = 30, 3, tt.path
 			err := s.Use(t.Context(), Options{Server: ServerRedis}, func(client *netlab.Host) error {
-				carriesRedis(t, client, s)
+				carriesRedis(t, client)
 				return nil
 			})
 			skipIfNeeded(t, err)
@@ -310,7 +384,7 @@ func TestRedisThroughBalancer(t *testing.T) {
 	}
 }
 
-func carriesRedis(t *testing.T, client *netlab.Host, s *Standing) {
+func carriesRedis(t *testing.T, client *netlab.Host) {
 	host := vip(7).String()
 	start := func(stdin string, args ...string) (wait func() string) {
 		cmd := exec.CommandContext(t.Context(), "redis-cli", append([]string{"-h", host}, args...)...)
@@ -324,7 +398,7 @@ func carriesRedis(t *testing.T, client *netlab.Host, s *Standing) {
 	}
 	cli := func(stdin string, args ...string) string { return start(stdin, args...)() }
 
-	assert.Contains(t, cli("", "CLIENT", "INFO"), fmt.Sprintf(" laddr=%v:%d ", s.Instance(netip.MustParseAddr(host)), redisPort),
+	assert.Contains(t, cli("", "CLIENT", "INFO"), fmt.Sprintf(" laddr=%v:%d ", nth(redisPrefix, hostNumber(netip.MustParseAddr(host))), redisPort),
 		"the proxy went to the instance that the VIP stands for")
 
 	assert.Equal(t, "OK\nQUEUED\nQUEUED\n1\n2\n", cli("MULTI\nINCR a\nINCR a\nEXEC\n"), "a transaction")

@@ -29,6 +29,9 @@ type KernelRules struct {
 	// first: 2 since Linux 4.2, which leaves the others to bind(2), 1 before
 	// (net/ipv4/inet_hashtables.c, __inet_hash_connect).
 	ConnectPortStep int
+	// RangePortStep is the same for a socket with IP_LOCAL_PORT_RANGE: 1 since
+	// Linux 6.8, 2 before, 0 where there is no such option, before 6.3.
+	RangePortStep int
 }
 
 // ReadKernelRules reads them. A new network namespace starts with the kernel's
@@ -37,6 +40,12 @@ func ReadKernelRules() KernelRules {
 	r := KernelRules{TimerRounding: timerRounding(tick()), ConnectPortStep: 1}
 	if releaseAtLeast(netlab.Kernel(), 4, 2) {
 		r.ConnectPortStep = 2
+	}
+	switch {
+	case releaseAtLeast(netlab.Kernel(), 6, 8):
+		r.RangePortStep = 1
+	case releaseAtLeast(netlab.Kernel(), 6, 3):
+		r.RangePortStep = 2
 	}
 	const linear = "/proc/sys/net/ipv4/tcp_syn_linear_timeouts"
 	if _, err := os.Stat(linear); !errors.Is(err, fs.ErrNotExist) {

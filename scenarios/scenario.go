@@ -262,7 +262,7 @@ func (a arm) runUntilTold(ctx context.Context, rules KernelRules, opt Options) r
 	var voids []string
 	for try := 1; ; try++ {
 		v, err := a.run(ctx, rules, opt)
-		if v.Verdict != results.Void || err != nil || try == tries {
+		if v.Verdict != results.Void || err != nil || ctx.Err() != nil || try == tries {
 			v.Warnings = append(v.Warnings, voids...)
 			return v
 		}

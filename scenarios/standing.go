@@ -5,8 +5,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"net/netip"
-	"slices"
 	"strings"
 
 	"connlab/netlab"
@@ -23,26 +21,42 @@ func NewStanding() *Standing {
 	return &Standing{c: c}
 }
 
-// standingFlags are the parameters of the scenario that are the network's.
-var standingFlags = []string{"vips", "proxies", "path", "reply", "port-range", "max-syn-backlog"}
-
-// Flags registers the parameters of the network.
+// Flags registers the parameters of the network, a part of the scenario's.
 func (s *Standing) Flags(fs *flag.FlagSet) {
-	flags(s.c).VisitAll(func(f *flag.Flag) {
-		if slices.Contains(standingFlags, f.Name) {
-			fs.Var(f.Value, f.Name, f.Usage)
+	all := flags(s.c)
+	for _, name := range []string{"vips", "proxies", "path", "reply", "port-range", "max-syn-backlog"} {
+		f := all.Lookup(name)
+		switch name {
+		case "path":
+			f.Usage = "`balancer`: " + strings.Join(balancedPaths, ", ")
+		case "reply":
+			f.Usage = "which `vip` the replies of a shared tuple come from, with --path l4: first or last"
 		}
-	})
+		fs.Var(f.Value, f.Name, f.Usage)
+	}
+}
+
+// balancedPaths are the paths with a balancer in them.
+var balancedPaths = []string{pathL4, pathFullNAT, pathKernelNAT, pathL7, pathHAProxy}
+
+// check checks what is the network's. Which load it could bear does not matter.
+func (s *Standing) check() error {
+	var found checks
+	found.within("vips", float64(s.c.VIPs), 1, maxVIPs)
+	found.within("proxies", float64(s.c.Proxies), 1, maxProxies)
+	found.within("max-syn-backlog", float64(s.c.MaxSYNBacklog), 1, 1e6)
+	found.among("path", s.c.Path, balancedPaths...)
+	found.among("reply", s.c.Reply, replyFirst, replyLast)
+	if s.c.Reply != replyFirst && s.c.Path != pathL4 {
+		found.bad("reply=%s is for path=%s, where tuples are shared: not with path=%s", s.c.Reply, pathL4, s.c.Path)
+	}
+	return found.err()
 }
 
 // Use builds the network, starts its programs and calls use with the client's
 // host; when that returns everything is taken down. Errors are those of [Run].
 func (s *Standing) Use(ctx context.Context, opt Options, use func(client *netlab.Host) error) (err error) {
-	check := *s.c
-	if check.Reply == replyLast {
-		check.Pairs = 1 // here it needs none
-	}
-	if err := check.Check(); err != nil {
+	if err := s.check(); err != nil {
 		return usagef("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	if opt.server, err = findServer(opt.Server); err != nil {
@@ -70,12 +84,12 @@ func (s *Standing) Use(ctx context.Context, opt Options, use func(client *netlab
 // Describe says which addresses there are, a line each.
 func (s *Standing) Describe() []string {
 	first, last := s.c.target(0), s.c.target(s.c.VIPs-1)
-	lines := []string{fmt.Sprintf("%d instances behind %s: %v to %v (%v+%d)", s.c.VIPs, s.wayIn(), first, last, first.Addr(), s.c.VIPs)}
-	if s.c.Path != pathRedis {
-		lines = append(lines, fmt.Sprintf("%d proxies: %v to %v; VIP 10.8.x.y is served by number (256·x + y) mod %d",
-			s.c.Proxies, proxyAddr(0), proxyAddr(s.c.Proxies-1), s.c.Proxies))
+	return []string{
+		fmt.Sprintf("%d instances behind %s: %v to %v (%v+%d)", s.c.VIPs, s.wayIn(), first, last, first.Addr(), s.c.VIPs),
+		fmt.Sprintf("%d proxies: %v to %v; VIP 10.8.x.y is served by number (256·x + y) mod %d",
+			s.c.Proxies, proxyAddr(0), proxyAddr(s.c.Proxies-1), s.c.Proxies),
+		fmt.Sprintf("the VIP 10.8.x.y is the instance 10.9.x.y: one Redis with all of these addresses, at %v", redisAddr),
 	}
-	return append(lines, fmt.Sprintf("the VIP 10.8.x.y is the instance 10.9.x.y: one Redis with all of these addresses, at %v", redisAddr))
 }
 
 func (s *Standing) wayIn() string {
@@ -88,10 +102,8 @@ func (s *Standing) wayIn() string {
 		return fmt.Sprintf("the kernel's NAT (%v)", outsideAddr)
 	case pathL7:
 		return fmt.Sprintf("a layer-7 balancer (%v)", balancerAddr)
-	case pathHAProxy:
-		return fmt.Sprintf("HAProxy in TCP mode (%v)", balancerAddr)
 	}
-	return "nothing"
+	return fmt.Sprintf("HAProxy in TCP mode (%v)", balancerAddr)
 }
 
 // Report says what the balancer saw, a line each: what it counted, and every tuple
@@ -113,6 +125,3 @@ func (s *Standing) Report() []string {
 	}
 	return lines
 }
-
-// Instance is the address of the instance that a VIP stands for.
-func (s *Standing) Instance(vip netip.Addr) netip.Addr { return nth(redisPrefix, hostNumber(vip)) }

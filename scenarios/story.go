@@ -63,15 +63,18 @@ THE FORMULA
   connect() takes only every second port of ip_local_port_range, so P is 14,116 by
   default. n = 1,000 and k = 15 make μ = 2.33: a timeout in nine rounds of ten. It grows
   with the square of n: 100 instances collide once in fifty rounds.
-  Which ports collide is chance, so the claims are tests at the level of one in 100,000:
-  Poisson for the collisions, binomial for the rounds.
+  Which ports collide is chance, so the claims are exact tests,
+  Poisson for the collisions and binomial for the rounds, at a level such that one run
+  in a thousand is refuted by chance. Each round is another client's: connect() keeps the
+  place where it starts looking for ports for ten seconds, so that rounds of one client
+  in quick succession collide again and again at the same two instances.
 
 WHAT IS COMPARED
   The balancer counts every tuple that two VIPs share at once. Each timeout of a detector
   must be one of them, by port and VIP, and each of them a timeout.
 
 WHAT THE REMEDIES DO
-  More ports, or every port instead of every second, only divide μ by two. Long
+  More ports, or every port instead of every second, only divide μ by about two. Long
   connections collide while they are opened, and not again. A balancer with an address
   and ports of its own (layer 7, full NAT) cannot collide; nor can bind(addr, 0) before
   connect(), at a price: the whole host then shares one range of ports. If the reverse

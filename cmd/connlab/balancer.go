@@ -30,7 +30,15 @@ takes everything down when it ends. Then it says what the balancer saw: every
 local port that two VIPs shared at one proxy.
 
 The network is made of namespaces of its own: the command sees its addresses and
-nothing of the machine's network. Files and programs are the machine's.`,
+nothing of the machine's network. Files and programs are the machine's. All that
+the command starts ends with it; it has process ids of its own, so that ps, which
+shows the machine's, shows others than the shell's $$ and $!.
+
+Ctrl-C belongs to the command as soon as it runs.
+
+Exit codes: the command's own, or 128+n if signal n ended it; if it never ran, or
+connlab was told to end, connlab's: 1 failed, 2 usage, 3 interrupted, 4 skipped
+(the kernel, a privilege or a program is missing).`,
 		Example: `  sudo connlab balancer                                     # a shell on the client
   sudo connlab balancer -- redis-cli -h 10.8.0.1 PING
   sudo connlab balancer -- connlab probe 10.8.0.1+1000      # the incident, by hand
@@ -55,24 +63,32 @@ nothing of the machine's network. Files and programs are the machine's.`,
 			if verbose {
 				opt.Log = cmd.ErrOrStderr()
 			}
-			// A Ctrl-C is for the command: connlab goes when the command has gone.
 			ctx, stop := signal.NotifyContext(context.WithoutCancel(cmd.Context()), unix.SIGTERM)
 			defer stop()
+			untilStart := context.AfterFunc(cmd.Context(), stop)
 			var ended error
 			err = standing.Use(ctx, opt, func(client *netlab.Host) error {
+				// From here on the keys that send signals are for the command.
+				if !untilStart() {
+					return cmd.Context().Err()
+				}
+				quit := make(chan os.Signal, 1)
+				signal.Notify(quit, unix.SIGQUIT)
+				defer signal.Stop(quit)
 				line.clear()
 				for _, l := range standing.Describe() {
 					line.print(l)
 				}
 				line.print(fmt.Sprintf("you are %v; the network ends with this command", client.Addr()))
-				run := exec.CommandContext(ctx, path, args[1:]...)
-				run.Stdin, run.Stdout, run.Stderr = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
-				run.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-				if err := client.Do(run.Start); err != nil {
+				proc, err := client.Start(ctx, netlab.Program{
+					Path: path, Args: args[1:], Contain: true, Terminal: true,
+					Stdin: cmd.InOrStdin(), Stdout: cmd.OutOrStdout(), Stderr: cmd.ErrOrStderr(),
+				})
+				if err != nil {
 					return err
 				}
-				ended = run.Wait()
-				return nil
+				ended = proc.Wait()
+				return ctx.Err()
 			})
 			line.clear()
 			if err != nil {
@@ -82,7 +98,7 @@ nothing of the machine's network. Files and programs are the machine's.`,
 				line.print(l)
 			}
 			if exit, ok := errors.AsType[*exec.ExitError](ended); ok {
-				return exitError{code: max(exit.ExitCode(), exitRefuted)}
+				return exitError{code: shellCode(exit)}
 			}
 			return ended
 		},
@@ -91,10 +107,18 @@ nothing of the machine's network. Files and programs are the machine's.`,
 	standing.Flags(fs)
 	f := cmd.Flags()
 	f.AddGoFlagSet(fs)
-	f.StringVar(&opt.Server, "server", scenarios.ServerMini, "what the instances are: `mini` or redis")
+	f.StringVar(&opt.Server, "server", scenarios.ServerMini, "`kind` of the instances: mini or redis")
 	f.BoolVarP(&quiet, "quiet", "q", false, "nothing but the command's own output")
 	f.BoolVarP(&verbose, "verbose", "v", false, "show the output of the proxies and the server")
 	return cmd
+}
+
+// shellCode is the exit code that a shell would give: 128+n for signal n.
+func shellCode(exit *exec.ExitError) int {
+	if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return exit.ExitCode()
 }
 
 // lookPath finds a command; "connlab" is this very program, wherever it stands.

@@ -16,7 +16,8 @@ func newCompare() *cobra.Command {
 		Long: `Compare shows the metrics of two records side by side: the mini server beside
 redis-server, one kernel beside another, before and after a change.
 
-It exits with 1 if a verdict is worse in B than in A.`,
+It exits with 1 if a verdict is worse in B than in A, and with 2 if the two have no
+variant in common.`,
 		Example: `  sudo connlab run backlog --json > mini.json
   sudo connlab run backlog --server redis --json > redis.json
   connlab compare mini.json redis.json`,
@@ -31,6 +32,10 @@ It exits with 1 if a verdict is worse in B than in A.`,
 				recs[i] = rec
 			}
 			c := results.Compare(recs[0], recs[1])
+			if len(c.Variants) == 0 {
+				return usageErrorf("%s (%s) and %s (%s) have no variant in common: there is nothing to compare",
+					args[0], recs[0].Incident, args[1], recs[1].Incident)
+			}
 			var err error
 			if asJSON {
 				enc := json.NewEncoder(cmd.OutOrStdout())

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,12 +23,12 @@ import (
 	"connlab/scenarios"
 )
 
-// asConnlab makes the test binary be connlab: runs start it as `connlab server`,
-// and tests start it as another user or to interrupt it.
+// asConnlab makes the test binary be connlab: runs start it as `connlab server` and
+// `connlab proxy`, and tests start it as another user or to interrupt it.
 const asConnlab = "CONNLAB_TEST_AS_CONNLAB"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asConnlab) != "" || len(os.Args) > 1 && os.Args[1] == "server" {
+	if os.Getenv(asConnlab) != "" || len(os.Args) > 1 && slices.Contains([]string{"server", "proxy"}, os.Args[1]) {
 		os.Exit(connlab(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 	}
 	os.Exit(m.Run())

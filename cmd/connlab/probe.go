@@ -7,15 +7,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"connlab/loadgen"
 )
@@ -52,7 +54,8 @@ the round is over, so that all connections exist at the same time. An instance t
 fails is tried again at once, on a new socket, and so from another local port.
 
 A TARGET is ADDR, ADDR:PORT, or ADDR+COUNT:PORT for COUNT addresses counting up; the
-port is 6379 if none is given. A single - reads targets from standard input, one a line.
+port is 6379 if none is given. A single - reads targets from standard input, one a line;
+empty lines, and what follows a #, do not count.
 
 Why local ports matter: the kernel keeps a local port unique for one destination only.
 Connections to two instances can have the same one, and behind a balancer that keeps
@@ -66,16 +69,21 @@ port is chosen:
   bind            by bind before connect: no two connections of this host have one port,
                   and all of its destinations together share one range
   bind:PORT       this one for every instance: each of them meets the others
-  range           by connect, from every port of net.ipv4.ip_local_port_range
-  range:LOW-HIGH  by connect, from every port of this part of it (Linux 6.3)
+  range           by connect: every port of net.ipv4.ip_local_port_range (Linux 6.8;
+                  from 6.3 on it works, and takes every second port)
+  range:LOW-HIGH  the same within this part of it
 
-Attempts that fail are logged on standard error. It needs no root, and works in the
+Rounds less than ten seconds apart are not independent: so long the kernel keeps, for
+each destination, the place where connect begins to look for a port, and two instances
+that met in one round are likely to meet in the next. --interval 10s is long enough.
+
+Attempts that fail are logged on standard error, up to 20 of a kind in each round. It needs no root, and works in the
 network namespace it is started in.
 
 Exit codes: 0 every instance answered at the first try, 1 some timed out, failed, or
 closed before the round was over, 2 usage, 3 interrupted.`,
 		Example: `  connlab probe 10.8.0.1+1000:6379 --rounds 20
-  connlab probe 10.8.0.1 10.8.0.2 --ports bind:41234 --retries 0    # forced to collide
+  connlab probe 10.8.0.1 10.8.0.16 --ports bind:41234 --retries 0    # one proxy of 15 serves both: they collide
   connlab probe - --json < instances.txt`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
@@ -95,12 +103,12 @@ closed before the round was over, 2 usage, 3 interrupted.`,
 		},
 	}
 	f := cmd.Flags()
-	f.IntVar(&o.rounds, "rounds", 1, "how often every instance is probed")
+	f.IntVar(&o.rounds, "rounds", 1, "`number` of rounds, in each of which every instance is probed")
 	f.DurationVar(&o.interval, "interval", time.Second, "from the end of a round to the next")
 	f.DurationVar(&o.timeout, "timeout", time.Second, "how long to wait for a connection, and again for the reply")
-	f.IntVar(&o.retries, "retries", 3, "how often an instance that failed is tried again within its round")
-	f.Float64Var(&o.rate, "rate", 5000, "connects per second within a round")
-	f.StringVar(&o.ports, "ports", "kernel", "where local ports come from: kernel, bind[:PORT], range[:LOW-HIGH]")
+	f.IntVar(&o.retries, "retries", 3, "`number` of times that an instance that failed is tried again within its round")
+	f.Float64Var(&o.rate, "rate", 5000, "`number` of connects per second within a round")
+	f.StringVar(&o.ports, "ports", "kernel", "`way` to get a local port: kernel, bind[:PORT], range[:LOW-HIGH]")
 	f.StringVar(&o.local, "local", "", "the local `address`; by default the kernel's choice")
 	f.BoolVar(&o.json, "json", false, "write the report as one JSON document")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "nothing on standard error: no progress, no log of what fails")
@@ -137,6 +145,9 @@ func (o probeOptions) source() (loadgen.Source, error) {
 		if local, err = netip.ParseAddr(o.local); err != nil || !local.Is4() {
 			return loadgen.Source{}, usageErrorf("--local %s: want an IPv4 address", o.local)
 		}
+		if err := checkLocal(local); err != nil {
+			return loadgen.Source{}, err
+		}
 	}
 	source := loadgen.LocalSource("local", local)
 	how, which, given := strings.Cut(o.ports, ":")
@@ -162,6 +173,27 @@ func (o probeOptions) source() (loadgen.Source, error) {
 	return source, usageErrorf("--ports %s: want kernel, bind, bind:PORT, range, or range:LOW-HIGH", o.ports)
 }
 
+// checkLocal tells an address that this host does not have from one that has no
+// port left, which the same errno stands for later. It takes no port.
+func checkLocal(local netip.Addr) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("--local %v: %w", local, err)
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
+		return fmt.Errorf("--local %v: IP_BIND_ADDRESS_NO_PORT: %w", local, err)
+	}
+	err = unix.Bind(fd, &unix.SockaddrInet4{Addr: local.As4()})
+	if errors.Is(err, unix.EADDRNOTAVAIL) {
+		return usageErrorf("--local %v is not an address of this host; `ip -4 address` lists those it has", local)
+	}
+	if err != nil {
+		return fmt.Errorf("--local %v: bind: %w", local, err)
+	}
+	return nil
+}
+
 func parsePort(s string) (uint16, error) {
 	port, err := strconv.ParseUint(s, 10, 16)
 	if err == nil && port == 0 {
@@ -173,6 +205,7 @@ func parsePort(s string) (uint16, error) {
 // probeTargets are those of the arguments, - standing for the lines of stdin.
 func probeTargets(args []string, stdin io.Reader) ([]netip.AddrPort, error) {
 	var targets []netip.AddrPort
+	seen := map[netip.AddrPort]bool{}
 	add := func(arg string) error {
 		more, err := parseTargets(arg)
 		if err != nil {
@@ -180,6 +213,12 @@ func probeTargets(args []string, stdin io.Reader) ([]netip.AddrPort, error) {
 		}
 		if len(targets)+len(more) > maxProbeTargets {
 			return usageErrorf("more than %d targets", maxProbeTargets)
+		}
+		for _, target := range more {
+			if seen[target] {
+				return usageErrorf("target %q: %v is there twice; want each instance once", arg, target)
+			}
+			seen[target] = true
 		}
 		targets = append(targets, more...)
 		return nil
@@ -192,15 +231,19 @@ func probeTargets(args []string, stdin io.Reader) ([]netip.AddrPort, error) {
 			continue
 		}
 		lines := bufio.NewScanner(stdin)
+		number := 0
 		for lines.Scan() {
-			if line := strings.TrimSpace(lines.Text()); line != "" {
-				if err := add(line); err != nil {
-					return nil, err
-				}
+			number++
+			line, _, _ := strings.Cut(lines.Text(), "#")
+			if line = strings.TrimSpace(line); line == "" {
+				continue
+			}
+			if err := add(line); err != nil {
+				return nil, usageErrorf("standard input, line %d: %w", number, err)
 			}
 		}
 		if err := lines.Err(); err != nil {
-			return nil, fmt.Errorf("reading targets: %w", err)
+			return nil, fmt.Errorf("standard input, line %d: %w", number+1, err)
 		}
 	}
 	if len(targets) == 0 {
@@ -247,21 +290,13 @@ func parseTargets(arg string) ([]netip.AddrPort, error) {
 }
 
 func probe(ctx context.Context, o probeOptions, cfg loadgen.ProbeConfig, stdout, stderr io.Writer) error {
-	// The run's thread must not wait for a terminal.
-	lines, logged := make(chan string, 4096), make(chan struct{})
 	cfg.Progress = &loadgen.Progress{}
-	cfg.OnAttempt = func(a loadgen.Attempt) {
-		if text := attemptLine(a, o.retries); text != "" && !o.quiet {
-			lines <- text
-		}
-	}
-	go func() {
-		defer close(logged)
-		writeProbeLog(&statusLine{w: stderr, quiet: o.quiet, terminal: isTerminal(stderr)}, lines, cfg.Progress)
-	}()
+	log := startProbeLog(&statusLine{w: stderr, quiet: o.quiet, terminal: isTerminal(stderr)}, cfg.Progress)
+	attempts := attemptLog{add: log.add, retries: o.retries}
+	cfg.OnAttempt = attempts.attempt
 	report, err := loadgen.Probe(ctx, cfg)
-	close(lines)
-	<-logged
+	attempts.endRound()
+	log.end()
 	if report == nil {
 		return err
 	}
@@ -272,7 +307,7 @@ func probe(ctx context.Context, o probeOptions, cfg loadgen.ProbeConfig, stdout,
 	if o.json {
 		enc := json.NewEncoder(stdout)
 		enc.SetIndent("", "  ")
-		err = errors.Join(err, enc.Encode(report))
+		err = errors.Join(err, enc.Encode(countedFromOne(report)))
 	} else {
 		err = errors.Join(err, writeProbe(stdout, report))
 	}
@@ -288,21 +323,129 @@ func probe(ctx context.Context, o probeOptions, cfg loadgen.ProbeConfig, stdout,
 	return nil
 }
 
-// writeProbeLog prints lines as they come, and the progress once a second.
-func writeProbeLog(line *statusLine, lines <-chan string, progress *loadgen.Progress) {
+// countedFromOne is the report with its rounds numbered as in the table.
+func countedFromOne(report *loadgen.ProbeReport) *loadgen.ProbeReport {
+	numbered := *report
+	numbered.Rounds = slices.Clone(report.Rounds)
+	for i := range numbered.Rounds {
+		numbered.Rounds[i].Round++
+	}
+	return &numbered
+}
+
+// maxLinesOfAKind is how many lines of one kind a round's log has: what is said
+// 20 times is not clearer when it is said 20,000 times.
+const maxLinesOfAKind = 20
+
+// kindOfLine is what the lines of two attempts have in common.
+type kindOfLine struct {
+	class  loadgen.Class
+	shared bool // the local port is another instance's too
+}
+
+// attemptLog logs the attempts of each round, of each kind only the first.
+type attemptLog struct {
+	add     func(text string)
+	retries int
+	round   int
+	kinds   []kindOfLine // in the order of their first lines
+	lines   map[kindOfLine]int
+}
+
+func (l *attemptLog) attempt(a loadgen.Attempt) {
+	text := attemptLine(a, l.retries)
+	if text == "" {
+		return
+	}
+	if a.Round != l.round {
+		l.endRound()
+		l.round = a.Round
+	}
+	kind := kindOfLine{a.Class, len(a.SharedWith) > 0 && a.Class != loadgen.OK}
+	if l.lines == nil {
+		l.lines = map[kindOfLine]int{}
+	}
+	if l.lines[kind]++; l.lines[kind] == 1 {
+		l.kinds = append(l.kinds, kind)
+	}
+	if l.lines[kind] <= maxLinesOfAKind {
+		l.add(text)
+	}
+}
+
+// endRound says how many lines the round has besides those that were added.
+func (l *attemptLog) endRound() {
+	for _, kind := range l.kinds {
+		more := l.lines[kind] - maxLinesOfAKind
+		if more <= 0 {
+			continue
+		}
+		what := string(kind.class)
+		switch {
+		case kind.class == loadgen.OK:
+			what = "answered at a retry"
+		case kind.shared:
+			what += " from a port that another instance has too"
+		}
+		l.add(fmt.Sprintf("round %d: and %d more like it: %s", l.round+1, more, what))
+	}
+	l.kinds, l.lines = nil, nil
+}
+
+// probeLog writes to the terminal, which may stand still, on behalf of the run's
+// thread, which must not: what is too much for its queue is counted, not shown.
+type probeLog struct {
+	line    *statusLine
+	lines   chan string
+	dropped atomic.Int64
+	written chan struct{}
+}
+
+// maxPendingLines is how many lines a log holds for a terminal that stands still.
+const maxPendingLines = 4096
+
+func startProbeLog(line *statusLine, progress *loadgen.Progress) *probeLog {
+	l := &probeLog{line: line, lines: make(chan string, maxPendingLines), written: make(chan struct{})}
+	go func() {
+		defer close(l.written)
+		l.write(progress)
+	}()
+	return l
+}
+
+// add never waits.
+func (l *probeLog) add(text string) {
+	select {
+	case l.lines <- text:
+	default:
+		l.dropped.Add(1)
+	}
+}
+
+// end returns when all that was added is written or counted.
+func (l *probeLog) end() {
+	close(l.lines)
+	<-l.written
+	if n := l.dropped.Load(); n > 0 {
+		l.line.print(fmt.Sprintf("%d lines not shown", n))
+	}
+}
+
+// write prints lines as they come, and the progress once a second.
+func (l *probeLog) write(progress *loadgen.Progress) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
 		select {
-		case text, more := <-lines:
-			line.clear()
+		case text, more := <-l.lines:
+			l.line.clear()
 			if !more {
 				return
 			}
-			line.print(text)
+			l.line.print(text)
 		case <-tick.C:
 			s := progress.Snapshot()
-			line.show(fmt.Sprintf("attempts %d, in flight %d, ok %d, failed %d", s.Started, s.InFlight, s.OK, s.Failed))
+			l.line.show(fmt.Sprintf("attempts %d, in flight %d, ok %d, failed %d", s.Started, s.InFlight, s.OK, s.Failed))
 		}
 	}
 }
@@ -349,15 +492,25 @@ func attemptLine(a loadgen.Attempt, retries int) string {
 // writeProbe is the report for people: a line a round, and what they say.
 func writeProbe(w io.Writer, r *loadgen.ProbeReport) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(table, "round\tinstances\tok\ttimeouts\tother\tretries until success\tfailed\tlost\t")
+	total := r.Total()
+	stopped := unfinished(total) > 0 // a column only where it says something
+	fmt.Fprint(table, "round\tinstances\tok\ttimeouts\tother\tretries until success\tfailed\tlost\t")
+	if stopped {
+		fmt.Fprint(table, "canceled\t")
+	}
+	fmt.Fprintln(table)
 	withTimeout := 0
 	for _, round := range r.Rounds {
 		first := round.First
 		if first.Timeouts() > 0 {
 			withTimeout++
 		}
-		fmt.Fprintf(table, "%d\t%d\t%d\t%d\t%d\t%s\t%d\t%d\t\n", round.Round+1, round.Instances, first[loadgen.OK], first.Timeouts(),
-			round.Instances-first[loadgen.OK]-first.Timeouts(), retriesText(round.Answered), round.Never, round.Lost.Sum())
+		fmt.Fprintf(table, "%d\t%d\t%d\t%d\t%d\t%s\t%d\t%d\t", round.Round+1, round.Instances, first[loadgen.OK], first.Timeouts(),
+			otherFailures(first).Sum(), retriesText(round.Answered), round.Never-unfinished(round.ProbeCounts), round.Lost.Sum())
+		if stopped {
+			fmt.Fprintf(table, "%d\t", unfinished(round.ProbeCounts))
+		}
+		fmt.Fprintln(table)
 	}
 	if err := table.Flush(); err != nil {
 		return err
@@ -370,26 +523,53 @@ func writeProbe(w io.Writer, r *loadgen.ProbeReport) error {
 			fmt.Fprintf(w, "%-8s  p50 %v  p90 %v  p99 %v  max %v\n", h.name, round(h.h.Quantile(0.5)), round(h.h.Quantile(0.9)), round(h.h.Quantile(0.99)), round(h.h.Quantile(1)))
 		}
 	}
-	total := r.Total()
 	if failed := total.Attempts.Sum() - total.Attempts[loadgen.OK]; failed > 0 {
 		fmt.Fprintf(w, "attempts  %v\n", total.Attempts)
 	}
 	if total.Lost.Sum() > 0 {
 		fmt.Fprintf(w, "lost      %v: these answered, and their peer ended them before the round was over\n", total.Lost)
 	}
-	tried := total.Instances - total.First[loadgen.NotStarted]
+	tried := total.Instances - total.First[loadgen.NotStarted] - total.First[loadgen.Canceled]
 	if tried == 0 {
 		return nil
 	}
-	timeouts := total.First.Timeouts()
-	low, high := wilson(timeouts, tried)
-	fmt.Fprintf(w, "%d of %d rounds had a timeout; %d of %d first tries timed out: %s, 95 %% confidence %s to %s\n",
-		withTimeout, len(r.Rounds), timeouts, tried, percent(float64(timeouts)/float64(tried)), percent(low), percent(high))
+	timeouts, other := total.First.Timeouts(), otherFailures(total.First)
+	if n := other.Sum(); 2*n > tried {
+		what := fmt.Sprint(other)
+		if classes := slices.Collect(maps.Keys(other)); len(classes) == 1 {
+			what = string(classes[0])
+		}
+		fmt.Fprintf(w, "%d of %d first tries failed: %s\n", n, tried, what)
+	}
+	fmt.Fprintf(w, "%d of %d rounds had a timeout; %d of %d first tries timed out: %s\n",
+		withTimeout, len(r.Rounds), timeouts, tried, ratio(timeouts, tried))
 	if total.Attempts.Timeouts() == 0 {
 		return nil
 	}
 	_, err := fmt.Fprintln(w, sharedPortsText(total))
 	return err
+}
+
+// otherFailures are the tries that neither succeeded nor timed out nor were
+// stopped with the probe.
+func otherFailures(tries loadgen.Counts) loadgen.Counts {
+	other := loadgen.Counts{}
+	for class, n := range tries {
+		switch class {
+		case loadgen.OK, loadgen.ConnectTimeout, loadgen.ReadTimeout, loadgen.Canceled, loadgen.NotStarted:
+		default:
+			if n > 0 {
+				other[class] = n
+			}
+		}
+	}
+	return other
+}
+
+// unfinished are the instances of which nothing is known because the probe was
+// stopped before their attempt began or ended.
+func unfinished(c loadgen.ProbeCounts) int64 {
+	return c.Attempts[loadgen.Canceled] + c.First[loadgen.NotStarted]
 }
 
 // retriesText is how many instances answered at which retry: "1:5 2:1".
@@ -419,18 +599,5 @@ func ratio(k, n int64) string {
 	if n == 0 {
 		return "none"
 	}
-	return percent(float64(k) / float64(n))
-}
-
-func percent(p float64) string { return strconv.FormatFloat(100*p, 'g', 3, 64) + " %" }
-
-// wilson is the score interval of k in n at 95 %, as if each try were
-// independent (Wilson 1927, Journal of the American Statistical Association 22).
-func wilson(k, n int64) (low, high float64) {
-	const z = 1.959964
-	p, m := float64(k)/float64(n), float64(n)
-	middle := p + z*z/(2*m)
-	half := z * math.Sqrt(p*(1-p)/m+z*z/(4*m*m))
-	scale := 1 + z*z/m
-	return max((middle-half)/scale, 0), min((middle+half)/scale, 1)
+	return strconv.FormatFloat(100*float64(k)/float64(n), 'g', 3, 64) + " %"
 }

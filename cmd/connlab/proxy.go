@@ -23,7 +23,9 @@ ways. Who cannot be served is reset.
   --learn local    the VIPs are addresses of this host: be that layer-7 balancer
 
 A route maps VIPs to upstreams, by prefix (10.8.3.4 to 10.9.3.4) or by list (host
-number modulo length); the first route that has the VIP decides.`,
+number modulo length); the first route that has the VIP decides.
+
+Exit codes: 0 ended by SIGINT or SIGTERM, 1 it could not listen or serve, 2 usage.`,
 		Example: `  Behind a layer-4 balancer: the VIP from the SYN, each VIP to its instance
     connlab proxy --addr 10.0.0.11:6379 --learn option \
       --route 10.8.0.0/16=10.9.0.0/16:6379

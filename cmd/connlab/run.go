@@ -38,6 +38,11 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 			if err != nil {
 				return err
 			}
+			for _, given := range []struct{ flag, dir string }{{"save", save}, {"timeline", timelines}, {"capture", captures}} {
+				if err := checkDirectory(given.flag, given.dir); err != nil {
+					return err
+				}
+			}
 			line := &statusLine{w: cmd.ErrOrStderr(), quiet: quiet}
 			line.terminal = isTerminal(line.w)
 			opt.Progress = line.show
@@ -49,8 +54,10 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 					return writeFile(filepath.Join(timelines, s.Name+"-"+variant+".csv"), write)
 				}
 			}
+			captured := false
 			if captures != "" {
 				opt.Capture = func(variant string, file []byte) error {
+					captured = true
 					return os.WriteFile(filepath.Join(captures, s.Name+"-"+variant+".pcapng"), file, 0o644)
 				}
 			}
@@ -58,6 +65,9 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 			line.clear()
 			if rec == nil {
 				return err
+			}
+			if captures != "" && !captured {
+				fmt.Fprintf(line.w, "--capture %s: none of these variants captured packets, so nothing was written there\n", captures)
 			}
 			if save != "" {
 				path, saveErr := results.Save(save, rec)
@@ -82,7 +92,7 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 	f := cmd.Flags()
 	f.StringSliceVar(&opt.Variants, "variant", nil, "run only this `variant` (may be given more than once)")
 	f.StringArrayVar(&opt.Set, "set", nil, "set a parameter of every variant: `name=value`; see `connlab show INCIDENT`")
-	f.StringVar(&opt.Server, "server", scenarios.ServerMini, "the server under test: `mini` or redis")
+	f.StringVar(&opt.Server, "server", scenarios.ServerMini, "the `server` under test: mini or redis")
 	f.BoolVar(&asJSON, "json", false, "write the record as one JSON document to standard output")
 	f.StringVar(&save, "save", "", "also save the record in this `directory`")
 	f.StringVar(&timelines, "timeline", "", "also write each variant's timeline into this `directory`, as CSV: seconds, host, metric, value")
@@ -90,6 +100,25 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 	f.BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
 	f.BoolVarP(&verbose, "verbose", "v", false, "show the output of the programs under test")
 	return cmd
+}
+
+// checkDirectory says before a run what would spoil it at its end: a flag's
+// directory that no file can be written into.
+func checkDirectory(flag, dir string) error {
+	if dir == "" {
+		return nil
+	}
+	info, err := os.Stat(dir)
+	if err == nil && !info.IsDir() {
+		err = unix.ENOTDIR
+	}
+	if err == nil {
+		err = unix.Access(dir, unix.W_OK|unix.X_OK)
+	}
+	if err != nil {
+		return usageErrorf("--%s %s: want a directory to write into: %w", flag, dir, err)
+	}
+	return nil
 }
 
 func writeFile(path string, write func(io.Writer) error) error {

@@ -5,7 +5,9 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -26,7 +28,7 @@ const DefaultOptionKind = 250
 type Config struct {
 	Addr       netip.AddrPort // where to listen, IPv4; port 0 takes a free one
 	Learn      Learn
-	OptionKind uint // 2 to 255, for LearnOption
+	OptionKind uint // up to 255 and none that Linux reads, for LearnOption
 
 	Routes  []Route        // the first that contains the VIP decides
 	Default netip.AddrPort // upstream of connections that name no VIP; the zero value has them reset
@@ -73,33 +75,101 @@ func (c *Config) Flags(fs *flag.FlagSet) {
 	fs.DurationVar(&c.ConnectTimeout, "connect-timeout", c.ConnectTimeout, "how long an upstream may take to accept, and a client to send its header")
 }
 
-// Check reports the first setting that is not valid.
+// linuxKinds are the options that Linux reads in a SYN or elsewhere (include/net/tcp.h, TCPOPT_*; 6 and 7 are of RFC 1146).
+var linuxKinds = []uint{0, 1, 2, 3, 4, 5, 6, 7, 8, 19, 29, 30, 34}
+
+// wants say what the value of a flag looks like; of --route its own errors do.
+var wants = map[string]string{
+	"addr":            "an IPv4 address and a port, as 10.0.0.11:6379",
+	"learn":           fmt.Sprintf("%s, %s or %s", LearnOption, LearnHeader, LearnLocal),
+	"option-kind":     fmt.Sprintf("a number from 9 to 255 but 19, 29, 30 and 34, as %d", DefaultOptionKind),
+	"default":         "an IPv4 address and a port, as 10.9.0.1:6379",
+	"source":          "an IPv4 address, as 10.0.0.2",
+	"send-header":     "true or false",
+	"verbose":         "true or false",
+	"connect-timeout": "a duration above 0, as 5s",
+}
+
+// Check reports the first setting that is not valid, by its flag.
 func (c *Config) Check() error {
 	switch {
 	case !c.Addr.Addr().Is4():
-		return fmt.Errorf("the address to listen on, %v, is not IPv4:port", c.Addr)
+		return fmt.Errorf("--addr %v: want %s", c.Addr, wants["addr"])
 	case c.Learn != LearnOption && c.Learn != LearnHeader && c.Learn != LearnLocal:
-		return fmt.Errorf("the VIP cannot be learned from %q; there is: %s, %s, %s", c.Learn, LearnOption, LearnHeader, LearnLocal)
-	case c.OptionKind < 2 || c.OptionKind > 255:
-		return fmt.Errorf("option kind %d is out of range: 2 to 255 (kinds 0 and 1 carry nothing)", c.OptionKind)
+		return fmt.Errorf("--learn %s: want %s", c.Learn, wants["learn"])
+	case slices.Contains(linuxKinds, c.OptionKind):
+		return fmt.Errorf("--option-kind %d: this kind has a meaning of its own; want %s", c.OptionKind, wants["option-kind"])
+	case c.OptionKind > 255:
+		return fmt.Errorf("--option-kind %d: want %s", c.OptionKind, wants["option-kind"])
 	case len(c.Routes) == 0 && !c.Default.IsValid():
-		return errors.New("neither a route nor a default upstream: nobody could be served")
+		return errors.New("neither a route nor a default upstream, so nobody could be served; " +
+			"give --route, as 10.8.0.0/16=10.9.0.0/16:6379, or --default, as 10.9.0.1:6379")
 	case c.Default.IsValid() && (!c.Default.Addr().Is4() || c.Default.Port() == 0):
-		return fmt.Errorf("the default upstream %v is not IPv4:port", c.Default)
+		return fmt.Errorf("--default %v: want %s", c.Default, wants["default"])
 	case c.Source.IsValid() && !c.Source.Is4():
-		return fmt.Errorf("the source address %v is not IPv4", c.Source)
+		return fmt.Errorf("--source %v: want %s", c.Source, wants["source"])
 	case c.ConnectTimeout <= 0:
-		return fmt.Errorf("the connect timeout %v is not above 0", c.ConnectTimeout)
+		return fmt.Errorf("--connect-timeout %v: want %s", c.ConnectTimeout, wants["connect-timeout"])
 	}
 	for i, r := range c.Routes {
 		if err := r.check(); err != nil {
-			return fmt.Errorf("route %v: %w", r, err)
+			return fmt.Errorf("--route %v: %w", r, err)
 		}
 		for _, before := range c.Routes[:i] {
 			if before.VIPs.Bits() <= r.VIPs.Bits() && before.VIPs.Contains(r.VIPs.Addr()) {
-				return fmt.Errorf("route %v is never reached: %v comes before it", r, before)
+				return fmt.Errorf("--route %v is never reached: %v comes before it; put it first", r, before)
 			}
 		}
 	}
+	return c.checkLoop()
+}
+
+// checkLoop refuses upstreams that are the proxy itself: one connection would become as many as there are descriptors.
+// It knows those that are given one by one, not what a prefix leads to.
+func (c *Config) checkLoop() error {
+	type upstream struct {
+		flag string
+		to   netip.AddrPort
+	}
+	upstreams := []upstream{{"--default " + c.Default.String(), c.Default}}
+	for _, r := range c.Routes {
+		for _, to := range r.List {
+			upstreams = append(upstreams, upstream{"--route " + r.String(), to})
+		}
+	}
+	for _, u := range upstreams {
+		self, err := c.reaches(u.to)
+		if err != nil {
+			return err
+		}
+		if self {
+			return fmt.Errorf("%s: %v is the proxy itself, which listens on %v: each connection would make another; want another address or port", u.flag, u.to, c.Addr)
+		}
+	}
 	return nil
+}
+
+// reaches reports whether a connection to an upstream comes to the proxy's own listener.
+func (c *Config) reaches(upstream netip.AddrPort) (bool, error) {
+	if !upstream.IsValid() || upstream.Port() != c.Addr.Port() {
+		return false, nil
+	}
+	to := upstream.Addr()
+	if to.IsUnspecified() { // connect takes it for loopback (net/ipv4/route.c ip_route_output_key_hash_rcu)
+		to = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
+	if !c.Addr.Addr().IsUnspecified() {
+		return to == c.Addr.Addr(), nil
+	}
+	if to.IsLoopback() {
+		return true, nil
+	}
+	local, err := net.InterfaceAddrs()
+	if err != nil {
+		return false, fmt.Errorf("reading the addresses of this host: %w", err)
+	}
+	return slices.ContainsFunc(local, func(a net.Addr) bool {
+		prefix, err := netip.ParsePrefix(a.String())
+		return err == nil && prefix.Addr() == to
+	}), nil
 }

@@ -43,19 +43,26 @@ func TestMainUsage(t *testing.T) {
 		want string
 	}{
 		{"help is no mistake", []string{"--help"}, exitOK, "-send-header"},
-		{"unknown flag", []string{"--fast"}, exitUsage, "-fast"},
+		{"unknown flag", []string{"--fast"}, exitUsage, "--fast: flag provided but not defined"},
+		{"a flag without its value", []string{"--route"}, exitUsage, "--route: flag needs an argument"},
+		{"no port behind a prefix", []string{"--route", "10.8.0.0/16=10.9.0.0/16"}, exitUsage, "connlab: proxy: --route 10.8.0.0/16=10.9.0.0/16: the port is missing; want 10.9.0.0/16:6379"},
+		{"a name to listen on", []string{route, "--addr", "localhost:6379"}, exitUsage, "--addr localhost:6379: want an IPv4 address and a port, as"},
+		{"not a number", []string{route, "--option-kind=x"}, exitUsage, "--option-kind x: want a number"},
+		{"neither true nor false", []string{route, "--verbose=maybe"}, exitUsage, "--verbose maybe: want true or false"},
+		{"not a duration", []string{route, "--connect-timeout=5"}, exitUsage, "--connect-timeout 5: want a duration"},
+		{"its own upstream", []string{"--addr=127.0.0.1:7399", "--default=127.0.0.1:7399"}, exitUsage, "--default 127.0.0.1:7399: 127.0.0.1:7399 is the proxy itself"},
 		{"an argument", []string{route, "127.0.0.1"}, exitUsage, `unexpected argument "127.0.0.1"`},
-		{"nowhere to go", nil, exitUsage, "neither a route nor a default upstream"},
-		{"no route", []string{"--route", "10.8.0.0/16"}, exitUsage, "is not prefix=upstream"},
+		{"nowhere to go", nil, exitUsage, "give --route, as 10.8.0.0/16=10.9.0.0/16:6379, or --default, as"},
+		{"no route", []string{"--route", "10.8.0.0/16"}, exitUsage, "--route 10.8.0.0/16: the upstream is missing; want prefix=upstream"},
 		{"unreachable route", []string{route, "--route=127.8.3.0/24=127.0.0.1:1"}, exitUsage, "is never reached"},
-		{"unknown teacher", []string{route, "--learn", "dns"}, exitUsage, "there is: option, header, local"},
-		{"a kind without a length", []string{route, "--option-kind", "1"}, exitUsage, "option kind 1 is out of range"},
-		{"a kind of nine bits", []string{route, "--option-kind", "256"}, exitUsage, "option kind 256 is out of range"},
-		{"IPv6 listener", []string{route, "--addr", "[::1]:6379"}, exitUsage, "is not IPv4:port"},
-		{"IPv6 default", []string{"--default", "[::1]:6379"}, exitUsage, "is not IPv4:port"},
-		{"default without a port", []string{"--default", "127.0.0.1:0"}, exitUsage, "is not IPv4:port"},
-		{"IPv6 source", []string{route, "--source", "::1"}, exitUsage, "is not IPv4"},
-		{"no patience", []string{route, "--connect-timeout", "0s"}, exitUsage, "is not above 0"},
+		{"unknown teacher", []string{route, "--learn", "dns"}, exitUsage, "--learn dns: want option, header or local"},
+		{"a kind without a length", []string{route, "--option-kind", "1"}, exitUsage, "--option-kind 1: this kind has a meaning of its own"},
+		{"a kind of nine bits", []string{route, "--option-kind", "256"}, exitUsage, "--option-kind 256: want a number"},
+		{"IPv6 listener", []string{route, "--addr", "[::1]:6379"}, exitUsage, "--addr [::1]:6379: want an IPv4 address and a port"},
+		{"IPv6 default", []string{"--default", "[::1]:6379"}, exitUsage, "--default [::1]:6379: want an IPv4 address and a port"},
+		{"default without a port", []string{"--default", "127.0.0.1:0"}, exitUsage, "--default 127.0.0.1:0: want an IPv4 address and a port"},
+		{"IPv6 source", []string{route, "--source", "::1"}, exitUsage, "--source ::1: want an IPv4 address"},
+		{"no patience", []string{route, "--connect-timeout", "0s"}, exitUsage, "--connect-timeout 0s: want a duration above 0"},
 		{"somebody else's source", []string{route, "--addr=127.0.0.1:0", "--source", "192.0.2.1"}, exitFailure, "binding the source address 192.0.2.1: cannot assign"},
 		{"somebody else's address", []string{route, "--addr=192.0.2.1:0"}, exitFailure, "starting the proxy"},
 	} {
@@ -64,6 +71,9 @@ func TestMainUsage(t *testing.T) {
 			assert.Equal(t, tt.code, Main(t.Context(), tt.args, &stdout, &stderr))
 			assert.Contains(t, stderr.String(), tt.want)
 			assert.Empty(t, stdout.String())
+			if tt.code == exitUsage {
+				assert.Regexp(t, `^connlab: proxy: .* \(see connlab proxy --help\)\n$`, stderr.String(), "one line")
+			}
 		})
 	}
 }

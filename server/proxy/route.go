@@ -21,66 +21,66 @@ type Route struct {
 }
 
 // ParseRoute reads "10.8.0.0/16=10.9.0.0/16:6379", prefix to prefix, or "10.8.0.0/16=10.0.0.11:6379,10.0.0.12:6379",
-// prefix to list.
+// prefix to list. Its errors do not repeat s.
 func ParseRoute(s string) (Route, error) {
 	var r Route
 	from, to, ok := strings.Cut(s, "=")
 	if !ok {
-		return r, fmt.Errorf("route %q is not prefix=upstream, as 10.8.0.0/16=10.9.0.0/16:6379 or 10.8.0.0/16=10.0.0.11:6379,10.0.0.12:6379", s)
+		return r, errors.New("the upstream is missing; want prefix=upstream, as 10.8.0.0/16=10.9.0.0/16:6379 or 10.8.0.0/16=10.0.0.11:6379,10.0.0.12:6379")
 	}
 	var err error
 	if r.VIPs, err = netip.ParsePrefix(from); err != nil {
-		return r, fmt.Errorf("reading the VIPs of route %q: %w", s, err)
+		return r, fmt.Errorf("the VIPs %q are not a prefix; want address/length, as 10.8.0.0/16", from)
 	}
 	if strings.Contains(to, "/") {
-		prefix, port, _ := strings.Cut(to, ":")
+		prefix, port, ok := strings.Cut(to, ":")
+		if !ok {
+			return r, fmt.Errorf("the port is missing; want %s:6379", to)
+		}
 		if r.To, err = netip.ParsePrefix(prefix); err != nil {
-			return r, fmt.Errorf("reading the upstream of route %q: %w", s, err)
+			return r, fmt.Errorf("the upstream %q is not a prefix; want address/length:port, as 10.9.0.0/16:6379", to)
 		}
 		n, err := strconv.ParseUint(port, 10, 16)
 		if err != nil {
-			return r, fmt.Errorf("reading the port of route %q: %w", s, err)
+			return r, fmt.Errorf("the port %q is not a number from 1 to 65535; want %v:6379", port, r.To)
 		}
 		r.Port = uint16(n)
 	} else {
 		for item := range strings.SplitSeq(to, ",") {
 			upstream, err := netip.ParseAddrPort(item)
 			if err != nil {
-				return r, fmt.Errorf("reading the upstreams of route %q: %w", s, err)
+				return r, fmt.Errorf("the upstream %q is not an address and a port; want a list, as 10.0.0.11:6379,10.0.0.12:6379, or a prefix, as 10.9.0.0/16:6379", item)
 			}
 			r.List = append(r.List, upstream)
 		}
 	}
-	if err := r.check(); err != nil {
-		return r, fmt.Errorf("route %q: %w", s, err)
-	}
-	return r, nil
+	return r, r.check()
 }
 
 func (r Route) check() error {
 	switch {
 	case !r.VIPs.IsValid() || !r.VIPs.Addr().Is4():
-		return fmt.Errorf("the VIPs %v are not an IPv4 prefix", r.VIPs)
+		return fmt.Errorf("the VIPs %v are not an IPv4 prefix; want one, as 10.8.0.0/16", r.VIPs)
 	case r.VIPs != r.VIPs.Masked():
-		return fmt.Errorf("%v has host bits: %v is meant?", r.VIPs, r.VIPs.Masked())
+		return fmt.Errorf("%v has host bits; want %v", r.VIPs, r.VIPs.Masked())
 	case r.To.IsValid() == (len(r.List) > 0):
 		return errors.New("the upstream is either a prefix or a list")
 	}
 	if r.To.IsValid() {
 		switch {
 		case !r.To.Addr().Is4():
-			return fmt.Errorf("%v is not an IPv4 prefix", r.To)
+			return fmt.Errorf("the upstream %v is not an IPv4 prefix; want one, as 10.9.0.0/16", r.To)
 		case r.To != r.To.Masked():
-			return fmt.Errorf("%v has host bits: %v is meant?", r.To, r.To.Masked())
+			return fmt.Errorf("%v has host bits; want %v", r.To, r.To.Masked())
 		case r.To.Bits() != r.VIPs.Bits():
-			return fmt.Errorf("%v and %v differ in length", r.VIPs, r.To)
+			return fmt.Errorf("%v and %v differ in length; want the same number behind both slashes", r.VIPs, r.To)
 		case r.Port == 0:
-			return errors.New("the port is 0")
+			return fmt.Errorf("the port is 0; want %v:6379", r.To)
 		}
 	}
 	for _, upstream := range r.List {
 		if !upstream.Addr().Is4() || upstream.Port() == 0 {
-			return fmt.Errorf("upstream %v is not IPv4:port", upstream)
+			return fmt.Errorf("the upstream %v is not an IPv4 address with a port above 0; want one, as 10.0.0.11:6379", upstream)
 		}
 	}
 	return nil

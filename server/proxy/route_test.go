@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"net"
 	"net/netip"
 	"testing"
 
@@ -41,27 +42,76 @@ func TestRoute(t *testing.T) {
 
 func TestParseRouteErrors(t *testing.T) {
 	for _, tt := range []struct{ why, route, want string }{
-		{"nothing", "", "is not prefix=upstream"},
-		{"no upstream", "10.8.0.0/16", "is not prefix=upstream"},
-		{"empty upstream", "10.8.0.0/16=", "reading the upstreams"},
-		{"a VIP alone", "10.8.0.1=10.9.0.1:6379", "reading the VIPs"},
-		{"host bits in the VIPs", "10.8.0.1/16=10.9.0.0/16:6379", "10.8.0.0/16 is meant?"},
-		{"host bits in the upstream", "10.8.0.0/16=10.9.0.1/16:6379", "10.9.0.0/16 is meant?"},
+		{"nothing", "", "the upstream is missing; want prefix=upstream"},
+		{"no upstream", "10.8.0.0/16", "the upstream is missing; want prefix=upstream"},
+		{"empty upstream", "10.8.0.0/16=", `the upstream "" is not an address and a port`},
+		{"a VIP alone", "10.8.0.1=10.9.0.1:6379", `the VIPs "10.8.0.1" are not a prefix; want address/length`},
+		{"host bits in the VIPs", "10.8.0.1/16=10.9.0.0/16:6379", "10.8.0.1/16 has host bits; want 10.8.0.0/16"},
+		{"host bits in the upstream", "10.8.0.0/16=10.9.0.1/16:6379", "10.9.0.1/16 has host bits; want 10.9.0.0/16"},
 		{"another length", "10.8.0.0/16=10.9.0.0/24:6379", "differ in length"},
-		{"no port behind a prefix", "10.8.0.0/16=10.9.0.0/16", "reading the port"},
+		{"no port behind a prefix", "10.8.0.0/16=10.9.0.0/16", "the port is missing; want 10.9.0.0/16:6379"},
 		{"port 0", "10.8.0.0/16=10.9.0.0/16:0", "the port is 0"},
-		{"a port of 17 bits", "10.8.0.0/16=10.9.0.0/16:65536", "reading the port"},
-		{"no port in a list", "10.8.0.0/16=10.0.0.11:6379,10.0.0.12", "reading the upstreams"},
-		{"port 0 in a list", "10.8.0.0/16=10.0.0.11:0", "is not IPv4:port"},
-		{"a name", "10.8.0.0/16=redis:6379", "reading the upstreams"},
+		{"a port of 17 bits", "10.8.0.0/16=10.9.0.0/16:65536", `the port "65536" is not a number from 1 to 65535; want 10.9.0.0/16:6379`},
+		{"no port in a list", "10.8.0.0/16=10.0.0.11:6379,10.0.0.12", `the upstream "10.0.0.12" is not an address and a port`},
+		{"port 0 in a list", "10.8.0.0/16=10.0.0.11:0", "the upstream 10.0.0.11:0 is not an IPv4 address with a port above 0"},
+		{"a name", "10.8.0.0/16=redis:6379", `the upstream "redis:6379" is not an address and a port`},
 		{"IPv6 VIPs", "fd00::/64=10.0.0.11:6379", "are not an IPv4 prefix"},
-		{"IPv6 prefix", "10.8.0.0/16=fd00::/16:6379", "reading the upstream"},
-		{"IPv6 upstream", "10.8.0.0/16=[fd00::1]:6379", "is not IPv4:port"},
+		{"IPv6 prefix", "10.8.0.0/16=fd00::/16:6379", `the upstream "fd00::/16:6379" is not a prefix`},
+		{"IPv6 upstream", "10.8.0.0/16=[fd00::1]:6379", "is not an IPv4 address with a port"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			_, err := ParseRoute(tt.route)
 			assert.ErrorContains(t, err, tt.want)
 		})
+	}
+}
+
+func TestUpstreamThatIsTheProxy(t *testing.T) {
+	for _, tt := range []struct {
+		why, addr string
+		upstream  string
+		refused   bool
+	}{
+		{"its own address", "127.0.0.1:7399", "127.0.0.1:7399", true},
+		{"another port", "127.0.0.1:7399", "127.0.0.1:7400", false},
+		{"another address of loopback", "127.0.0.1:7399", "127.0.0.2:7399", false},
+		{"connect takes no address for loopback", "127.0.0.1:7399", "0.0.0.0:7399", true},
+		{"it listens on every address: loopback", "0.0.0.0:7399", "127.3.4.5:7399", true},
+		{"it listens on every address, another port", "0.0.0.0:7399", "127.0.0.1:7400", false},
+		{"every address, and an instance elsewhere", "0.0.0.0:6379", "192.0.2.9:6379", false},
+		{"the kernel picks its port, which nobody can know before", "127.0.0.1:0", "127.0.0.1:7399", false},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			cfg := DefaultConfig()
+			cfg.Addr, cfg.Default = netip.MustParseAddrPort(tt.addr), netip.MustParseAddrPort(tt.upstream)
+			route := DefaultConfig()
+			route.Addr = cfg.Addr
+			route.Routes = []Route{{VIPs: netip.MustParsePrefix("10.8.0.0/16"), List: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.8:1"), cfg.Default}}}
+			for _, err := range []error{cfg.Check(), route.Check()} {
+				if tt.refused {
+					assert.ErrorContains(t, err, tt.upstream+" is the proxy itself, which listens on "+tt.addr)
+				} else {
+					assert.NoError(t, err)
+				}
+			}
+		})
+	}
+	addrs, err := net.InterfaceAddrs()
+	require.NoError(t, err)
+	for _, a := range addrs {
+		cfg := DefaultConfig()
+		if own := netip.MustParsePrefix(a.String()).Addr(); own.Is4() {
+			cfg.Addr, cfg.Default = netip.MustParseAddrPort("0.0.0.0:7399"), netip.AddrPortFrom(own, 7399)
+			assert.ErrorContains(t, cfg.Check(), "is the proxy itself", "an address of this host")
+		}
+	}
+}
+
+func TestOptionKinds(t *testing.T) {
+	for kind, ok := range map[uint]bool{0: false, 1: false, 2: false, 8: false, 9: true, 19: false, 28: true, 29: false, 30: false, 34: false, 200: true, 250: true, 255: true, 256: false} {
+		cfg := DefaultConfig()
+		cfg.Default, cfg.OptionKind = netip.MustParseAddrPort("192.0.2.9:6379"), kind
+		assert.Equal(t, ok, cfg.Check() == nil, kind)
 	}
 }
 
