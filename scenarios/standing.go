@@ -112,16 +112,19 @@ func (s *Standing) Report() []string {
 	var lines []string
 	if b := s.c.net.balancer; b != nil {
 		st := b.Stats()
-		lines = append(lines, fmt.Sprintf("the balancer saw %d packets, %d SYNs, and added %d options", st.Packets, st.SYNs, st.OptionsAdded))
+		lines = append(lines, fmt.Sprintf("the balancer saw packets: %d, SYNs: %d, options added: %d", st.Packets, st.SYNs, st.OptionsAdded))
 	}
 	if s.c.net.returns == nil {
 		return lines
 	}
 	hits := collisionsOf(s.c.net.returns)
-	lines = append(lines, fmt.Sprintf("%d tuples were shared by two VIPs at once", len(hits)))
+	lines = append(lines, fmt.Sprintf("%d local ports were shared by two VIPs of one proxy at once", len(hits)))
 	const shown = 20
 	for _, hit := range hits[:min(shown, len(hits))] {
-		lines = append(lines, fmt.Sprintf("  %v: open to %v, then %d SYNs to %v; both at proxy %v", hit.Client, hit.First, hit.SYNs, hit.Second, hit.Proxy))
+		lines = append(lines, fmt.Sprintf("  %v: open to %v, SYNs to %v: %d; both at proxy %v", hit.Client, hit.First, hit.Second, hit.SYNs, hit.Proxy))
+	}
+	if more := len(hits) - shown; more > 0 {
+		lines = append(lines, fmt.Sprintf("  … and %d more", more))
 	}
 	return lines
 }

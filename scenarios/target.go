@@ -46,7 +46,7 @@ func findServer(kind string) (program, error) {
 		}
 		return program{kind: ServerMini, path: path}, nil
 	case ServerRedis:
-		path, err := exec.LookPath("redis-server")
+		path, err := netlab.LookProgram("redis-server")
 		if err != nil {
 			return program{}, &netlab.NeedError{Need: netlab.NeedRedis, Err: errors.New("it is not in PATH; install it with: apt-get install redis-server")}
 		}

@@ -34,7 +34,8 @@ nothing of the machine's network. Files and programs are the machine's. All that
 the command starts ends with it; it has process ids of its own, so that ps, which
 shows the machine's, shows others than the shell's $$ and $!.
 
-Ctrl-C belongs to the command as soon as it runs.
+Ctrl-C belongs to the command as soon as it runs. The mini server knows what
+benchmarks use; for transactions and Pub/Sub take --server redis.
 
 Exit codes: the command's own, or 128+n if signal n ended it; if it never ran, or
 connlab was told to end, connlab's: 1 failed, 2 usage, 3 interrupted, 4 skipped
@@ -129,10 +130,14 @@ func lookPath(name string) (string, error) {
 	return exec.LookPath(name)
 }
 
-// shell is the user's.
+// shell is the user's, or bash: dash as an interactive shell cannot give the
+// terminal back from a namespace of process ids, and says so by its exit code.
 func shell() string {
 	if s := os.Getenv("SHELL"); s != "" {
 		return s
+	}
+	if bash, err := exec.LookPath("bash"); err == nil {
+		return bash
 	}
 	return "/bin/sh"
 }

@@ -98,11 +98,16 @@ func TestProbeOfGoodInstances(t *testing.T) {
 	assert.Contains(t, o.stdout, "0 of 1 rounds had a timeout; 0 of 20 first tries timed out: 0 %\n")
 
 	var stdout, stderr bytes.Buffer
-	code := connlab([]string{"probe", "-", "--timeout", "10s", "--json"}, strings.NewReader(first.String()+"\n\n  "+target+"\n"), &stdout, &stderr)
+	rest := fmt.Sprintf("%v+%d:%d", first.Addr().Next(), n-1, first.Port())
+	code := connlab([]string{"probe", "-", "--rounds", "2", "--interval", "0s", "--timeout", "10s", "--json"},
+		strings.NewReader("# instances\n"+first.String()+" # the first\n\n  "+rest+"\n"), &stdout, &stderr)
 	require.Equal(t, exitOK, code, stderr.String())
 	var report loadgen.ProbeReport
 	require.NoError(t, json.Unmarshal(stdout.Bytes(), &report))
-	assert.EqualValues(t, n+1, report.Total().Instances)
+	assert.EqualValues(t, 2*n, report.Total().Instances)
+	require.Len(t, report.Rounds, 2)
+	assert.Equal(t, 1, report.Rounds[0].Round, "counted as in the table")
+	assert.Equal(t, 2, report.Rounds[1].Round)
 }
 
 func TestProbeNamesWhatFails(t *testing.T) {
@@ -122,11 +127,70 @@ func TestProbeNamesWhatFails(t *testing.T) {
 	assert.Contains(t, o.stdout, "1 of 1 rounds had a timeout; 1 of 3 first tries timed out: 33.3 %\n")
 	assert.Contains(t, o.stdout, "0 of 2 timeouts, retries included, came from a local port that another instance of the round had")
 
+	assert.NotContains(t, o.stdout, "first tries failed", "most did not fail in another way than by timeout")
+	assert.NotContains(t, o.stdout, "canceled")
+
 	o = run("probe", nobody, "--retries", "0", "-q", "--json")
 	assert.Equal(t, exitRefuted, o.code)
 	var report loadgen.ProbeReport
 	require.NoError(t, json.Unmarshal([]byte(o.stdout), &report))
 	assert.Equal(t, loadgen.Counts{loadgen.ConnectRefused: 1}, report.Total().Attempts)
+}
+
+func TestProbeWhereNobodyListens(t *testing.T) {
+	host, port, err := net.SplitHostPort(freePort(t))
+	require.NoError(t, err)
+	o := run("probe", host+"+100:"+port, "--retries", "0", "--rounds", "2", "--interval", "0s", "--timeout", "10s")
+	assert.Equal(t, exitRefuted, o.code)
+	assert.Contains(t, o.stdout, "\n200 of 200 first tries failed: connect_refused\n0 of 2 rounds had a timeout;")
+	log := o.stderr
+	for _, round := range []string{"1", "2"} {
+		lines, after, found := strings.Cut(log, "round "+round+": and ")
+		require.True(t, found, log)
+		more, rest, _ := strings.Cut(after, " more like it: connect_refused\n")
+		// By chance two instances have one port: that is another kind.
+		shown, shared := strings.Count(lines, "connect to instance"), strings.Count(lines, "is also used")
+		assert.Equal(t, maxLinesOfAKind, shown-shared, lines)
+		assert.Equal(t, strconv.Itoa(100-shown), more, "every attempt is shown or counted")
+		log = rest
+	}
+	assert.Empty(t, log)
+}
+
+func TestAttemptLogCapsEachKind(t *testing.T) {
+	var lines []string
+	l := attemptLog{add: func(text string) { lines = append(lines, text) }, retries: 3}
+	other := []netip.AddrPort{netip.MustParseAddrPort("10.8.3.4:6379")}
+	for range maxLinesOfAKind + 7 {
+		l.attempt(loadgen.Attempt{Class: loadgen.ConnectTimeout})
+	}
+	l.attempt(loadgen.Attempt{Class: loadgen.OK}) // says nothing
+	l.attempt(loadgen.Attempt{Class: loadgen.ConnectTimeout, SharedWith: other})
+	l.attempt(loadgen.Attempt{Class: loadgen.OK, Retry: 1, SharedWith: other})
+	require.Len(t, lines, maxLinesOfAKind+2, "a suspect is shown however many others there are")
+	l.attempt(loadgen.Attempt{Class: loadgen.ConnectTimeout, Round: 1})
+	require.Len(t, lines, maxLinesOfAKind+4)
+	assert.Equal(t, "round 1: and 7 more like it: connect_timeout", lines[maxLinesOfAKind+2])
+	l.endRound()
+	assert.Len(t, lines, maxLinesOfAKind+4, "the second round left nothing out")
+}
+
+func TestProbeReportOfAStoppedRound(t *testing.T) {
+	report := &loadgen.ProbeReport{Load: loadgen.NewReport(), Reply: loadgen.NewHistogram(), Rounds: []loadgen.ProbeRound{{
+		Interrupted: true,
+		ProbeCounts: loadgen.ProbeCounts{
+			Instances: 10, Never: 7, Answered: []int64{3, 0},
+			First:    loadgen.Counts{loadgen.OK: 3, loadgen.ConnectTimeout: 1, loadgen.ConnectRefused: 1, loadgen.Canceled: 3, loadgen.NotStarted: 2},
+			Attempts: loadgen.Counts{loadgen.OK: 3, loadgen.ConnectTimeout: 1, loadgen.ConnectRefused: 2, loadgen.Canceled: 4},
+		},
+	}}}
+	var out strings.Builder
+	require.NoError(t, writeProbe(&out, report))
+	// The one that timed out was stopped at its retry; the one refused had all its tries.
+	assert.Regexp(t, `(?m)^ *round +instances +ok +timeouts +other +retries until success +failed +lost +canceled$`, out.String())
+	assert.Regexp(t, `(?m)^ +1 +10 +3 +1 +1 +- +1 +0 +6$`, out.String())
+	assert.Contains(t, out.String(), "1 of 5 first tries timed out: 20 %", "of those that ended")
+	assert.Contains(t, out.String(), "of 0 attempts from such a port none timed out, of the other 6 16.7 %\n")
 }
 
 func TestProbeNamesBothEndsOfACollision(t *testing.T) {
@@ -188,6 +252,8 @@ func TestProbeUsage(t *testing.T) {
 		{[]string{"127.0.0.1+20001"}, "more than 20000 addresses"},
 		{[]string{"127.0.0.1+20000", "127.0.0.1"}, "more than 20000 targets"},
 		{[]string{"255.255.255.254+3"}, "addresses end at 255.255.255.255"},
+		{[]string{"127.0.0.1+3:7", "127.0.0.1:6379", "127.0.0.2:7"}, `target "127.0.0.2:7": 127.0.0.2:7 is there twice`},
+		{[]string{"127.0.0.1", "--local", "192.0.2.1"}, "--local 192.0.2.1 is not an address of this host"},
 		{[]string{"127.0.0.1", "--rounds", "0"}, "--rounds 0 is out of range"},
 		{[]string{"127.0.0.1", "--rounds", "1001"}, "--rounds 1001 is out of range: 1 to 1000"},
 		{[]string{"127.0.0.1", "--retries", "-1"}, "--retries -1 is out of range"},
@@ -208,6 +274,20 @@ func TestProbeUsage(t *testing.T) {
 		assert.Equal(t, 1, strings.Count(o.stderr, "\n"), "one line: %s", o.stderr)
 		assert.Empty(t, o.stdout)
 	}
+}
+
+func TestProbeTargetsOfStandardInput(t *testing.T) {
+	for _, test := range []struct{ why, lines, want string }{
+		{"a name, after lines that do not count", "# instances\n\n127.0.0.1\nlocalhost # us\n", `standard input, line 4: target "localhost": want ADDR`},
+		{"one of a range again", "127.0.0.1+3:7\n127.0.0.3:7\n", `standard input, line 2: target "127.0.0.3:7": 127.0.0.3:7 is there twice`},
+		{"only comments", "# none yet\n", "no targets on standard input"},
+	} {
+		_, err := probeTargets([]string{"-"}, strings.NewReader(test.lines))
+		require.ErrorContains(t, err, test.want, test.why)
+		assert.Equal(t, exitUsage, exitCode(err), test.why)
+	}
+	_, err := probeTargets([]string{"-"}, strings.NewReader("127.0.0.1\n"+strings.Repeat("1", bufio.MaxScanTokenSize+1)))
+	assert.ErrorContains(t, err, "standard input, line 2: ", "a line without an end")
 }
 
 func TestParseTargets(t *testing.T) {
