@@ -32,7 +32,7 @@ var TupleCollision = Scenario{
 			Summary: "the same local port for two VIPs of one proxy, by bind(): every second connection gets SYN, SYN, SYN and no answer"},
 		{Name: "forced-last", Role: results.Incident, Set: []string{"pairs=100", "reply=last"},
 			Summary: "the same, replies mapped to the last VIP: the second connects within milliseconds and the first is dead"},
-		{Name: "scaling", Role: results.Incident, Set: []string{"sweep=100x40,200x40,500x32,1000x12,2000x6"},
+		{Name: "scaling", Role: results.Incident, Set: []string{"sweep=100x16,200x16,500x24,1000x12,2000x6"},
 			Summary: "how the collisions grow with the number of instances: with its square"},
 		{Name: "slow", Role: results.Incident, Set: []string{"rate=95", "rounds=5", "parallel=5"},
 			Summary: "fewer than 100 connections a second from each client: it is the number that is open that counts, not the rate"},

@@ -281,7 +281,7 @@ func (r *collisionRun) overHeld(ctx context.Context, held *loadgen.Held) error {
 		return nil
 	}
 	requests := held.Len() * r.c.Rounds
-	rate := min(r.c.Rate, 5*float64(held.Len())) // of five a second each is surely idle again
+	rate := min(r.c.Rate, float64(held.Len())) // one a second each: surely idle again
 	report, err := loadgen.Run(ctx, loadgen.Config{
 		Held: held, Schedule: loadgen.Constant(rate, time.Hour).First(requests), ReplyTimeout: r.c.Timeout,
 	})

@@ -51,7 +51,7 @@ func TestTupleCollision(t *testing.T) {
 		wrongFormula(t, rec)
 	})
 	t.Run(ServerRedis, func(t *testing.T) {
-		rec := run(t, &TupleCollision, Options{Server: ServerRedis, Variants: []string{"incident", "forced-first", "forced-last"}, Set: []string{"rounds=8"}})
+		rec := run(t, &TupleCollision, Options{Server: ServerRedis, Variants: []string{"incident", "forced-first", "forced-last"}, Set: []string{"rounds=5", "parallel=5"}})
 		for _, v := range rec.Variants {
 			assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
 		}
@@ -89,17 +89,6 @@ func wrongFormula(t *testing.T, rec *results.Record) {
 		verdict := judged(predicted, measured)
 		assert.Equal(t, tt.want, verdict, "%s: predicted %.1f, measured %.0f", tt.why, predicted, measured)
 		t.Logf("%s: predicted %.1f, measured %.0f: %s", tt.why, predicted, measured, verdict)
-	}
-
-	// Twice the instances, twice the collisions: it is four times as many.
-	for _, v := range rec.Variants {
-		if v.Name == "scaling" {
-			const rounds = 6 // with 2,000 instances
-			linear := 2 * rounds * newCollision().expected(1000, goldenRules)
-			measured := v.Metrics[sweepMetric(2000)].Value
-			assert.Equal(t, results.Refuted, judged(linear, measured), "a linear law: predicted %.1f, measured %.0f", linear, measured)
-			t.Logf("a linear law: predicted %.1f, measured %.0f", linear, measured)
-		}
 	}
 }
 
