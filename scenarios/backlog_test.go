@@ -6,8 +6,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -64,24 +62,7 @@ func TestBacklogCanFail(t *testing.T) {
 	})
 }
 
-// What is golden is what follows from the parameters: no kernel is asked.
-func TestBacklogPredictions(t *testing.T) {
-	golden, err := results.Load("../results/golden/backlog.json")
-	require.NoError(t, err)
-	require.Len(t, golden.Variants, len(Backlog.Variants))
-	arms, err := Backlog.prepare(Options{})
-	require.NoError(t, err)
-	for i, arm := range arms {
-		want := golden.Variants[i]
-		assert.Equal(t, want.Name, arm.variant.Name)
-		assert.Equal(t, results.Held, want.Verdict)
-		got := arm.experiment.Predict(arm.variant.Role, goldenRules)
-		diff := cmp.Diff(want.Predictions, got,
-			cmpopts.IgnoreFields(results.Prediction{}, "Measured", "Error", "Verdict"),
-			cmpopts.EquateApprox(1e-9, 0), cmpopts.EquateEmpty())
-		assert.Empty(t, diff, arm.variant.Name)
-	}
-}
+func TestBacklogPredictions(t *testing.T) { comparePredictions(t, &Backlog) }
 
 func TestBacklogCheck(t *testing.T) {
 	for _, tt := range []struct{ why, set, want string }{

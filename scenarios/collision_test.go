@@ -13,8 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -163,24 +161,7 @@ func TestTupleCollisionCanFail(t *testing.T) {
 	assert.Contains(t, v.Reason, metricTimedOut)
 }
 
-// What is golden is what follows from the parameters: no kernel is asked.
-func TestTupleCollisionPredictions(t *testing.T) {
-	golden, err := results.Load("../results/golden/tuple-collision.json")
-	require.NoError(t, err)
-	require.Len(t, golden.Variants, len(TupleCollision.Variants))
-	arms, err := TupleCollision.prepare(Options{})
-	require.NoError(t, err)
-	for i, arm := range arms {
-		want := golden.Variants[i]
-		assert.Equal(t, want.Name, arm.variant.Name)
-		assert.Equal(t, results.Held, want.Verdict)
-		got := arm.experiment.Predict(arm.variant.Role, goldenRules)
-		diff := cmp.Diff(want.Predictions, got,
-			cmpopts.IgnoreFields(results.Prediction{}, "Measured", "Error", "Verdict"),
-			cmpopts.EquateApprox(1e-9, 0), cmpopts.EquateEmpty())
-		assert.Empty(t, diff, arm.variant.Name)
-	}
-}
+func TestTupleCollisionPredictions(t *testing.T) { comparePredictions(t, &TupleCollision) }
 
 func TestTupleCollisionCheck(t *testing.T) {
 	for _, tt := range []struct{ why, set, want string }{

@@ -6,6 +6,9 @@ import (
 	"os"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"connlab/netlab"
@@ -28,6 +31,27 @@ func run(t *testing.T, s *Scenario, opt Options) *results.Record {
 	require.NoError(t, results.WriteTable(&table, rec, results.TableOptions{Charts: true}))
 	show(t, table.String())
 	return rec
+}
+
+// comparePredictions compares a scenario's predictions with its golden record. What
+// is golden there is what follows from the parameters: no kernel is asked.
+func comparePredictions(t *testing.T, s *Scenario) {
+	t.Helper()
+	golden, err := results.Load("../results/golden/" + s.Name + ".json")
+	require.NoError(t, err)
+	require.Len(t, golden.Variants, len(s.Variants))
+	arms, err := s.prepare(Options{})
+	require.NoError(t, err)
+	for i, arm := range arms {
+		want := golden.Variants[i]
+		assert.Equal(t, want.Name, arm.variant.Name)
+		assert.Equal(t, results.Held, want.Verdict)
+		got := arm.experiment.Predict(arm.variant.Role, goldenRules)
+		diff := cmp.Diff(want.Predictions, got,
+			cmpopts.IgnoreFields(results.Prediction{}, "Measured", "Error", "Verdict"),
+			cmpopts.EquateApprox(1e-9, 0), cmpopts.EquateEmpty())
+		assert.Empty(t, diff, arm.variant.Name)
+	}
 }
 
 // skip ends a test that cannot run here; under CONNLAB_STRICT that is a failure.
