@@ -153,10 +153,13 @@ func freePort(t *testing.T) string {
 }
 
 // startServer runs `connlab server` as a process and waits until it answers.
-func startServer(t *testing.T) (addr string) {
+func startServer(t *testing.T) (addr string) { return startListener(t, "server") }
+
+// startListener does so with any verb that listens on an --addr.
+func startListener(t *testing.T, verb string, args ...string) (addr string) {
 	t.Helper()
 	addr = freePort(t)
-	cmd := exec.Command(os.Args[0], "server", "--addr", addr)
+	cmd := exec.Command(os.Args[0], append([]string{verb, "--addr", addr}, args...)...)
 	require.NoError(t, cmd.Start())
 	t.Cleanup(func() {
 		assert.NoError(t, cmd.Process.Signal(syscall.SIGTERM))

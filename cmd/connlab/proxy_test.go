@@ -1,12 +1,7 @@
 package main
 
 import (
-	"net"
-	"os"
-	"os/exec"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -42,21 +37,7 @@ func TestProxyUsage(t *testing.T) {
 
 // The proxy before the mini server, both as programs.
 func TestProxyBeforeServer(t *testing.T) {
-	server, addr := startServer(t), freePort(t)
-	cmd := exec.Command(os.Args[0], "proxy", "--addr", addr, "--learn", "local", "--route", "127.0.0.1/32="+server)
-	cmd.Env = append(os.Environ(), asConnlab+"=1")
-	require.NoError(t, cmd.Start())
-	t.Cleanup(func() {
-		assert.NoError(t, cmd.Process.Signal(syscall.SIGTERM))
-		assert.NoError(t, cmd.Wait(), "SIGTERM is an orderly end")
-	})
-	require.Eventually(t, func() bool {
-		conn, err := net.Dial("tcp4", addr)
-		if err == nil {
-			conn.Close()
-		}
-		return err == nil
-	}, 10*time.Second, 5*time.Millisecond)
+	addr := startListener(t, "proxy", "--learn", "local", "--route", "127.0.0.1/32="+startServer(t))
 	o := run("load", "--addr", addr, "--rate", "200", "--duration", "500ms", "-q")
 	assert.Contains(t, o.stdout, "operations  due 100 = ok 100 + failed 0 + not started 0", o.stderr)
 }
