@@ -365,6 +365,10 @@ func probeSYNTimers(s *scratch) (detail string, ok bool, err error) {
 // server v=7.0.15 sha=…", "HAProxy version 2.6.12-1 …", "TShark (Wireshark) 4.0.17 …".
 var versionRE = regexp.MustCompile(`\d+(\.\d+)+`)
 
+// versionTimeout is long because tshark reads a hundred megabytes of libraries,
+// from a slow disk on a machine that has just started.
+const versionTimeout = time.Minute
+
 // probeProgram looks for a program and asks for its version.
 func probeProgram(name, versionFlag string) func(*scratch) (string, bool, error) {
 	return func(*scratch) (string, bool, error) {
@@ -375,7 +379,7 @@ func probeProgram(name, versionFlag string) func(*scratch) (string, bool, error)
 		if err != nil {
 			return "", false, err
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), versionTimeout)
 		defer cancel()
 		out, err := exec.CommandContext(ctx, path, versionFlag).Output()
 		if err != nil {

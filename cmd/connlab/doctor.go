@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -32,16 +33,7 @@ It exits with 4 if something is missing without which no incident can run.`,
 					return err
 				}
 			} else {
-				for _, f := range findings {
-					mark := "ok  "
-					if !f.OK {
-						mark = "LACK"
-					}
-					fmt.Fprintf(out, "%s  %-32s %s\n", mark, f.Need, f.Detail)
-					if !f.OK {
-						fmt.Fprintf(out, "      %-32s %s\n", "", f.Cost)
-					}
-				}
+				writeFindings(out, findings)
 			}
 			for _, f := range findings {
 				if !f.OK && slices.Contains(essential, f.Need) {
@@ -53,4 +45,17 @@ It exits with 4 if something is missing without which no incident can run.`,
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "write the findings as one JSON document")
 	return cmd
+}
+
+func writeFindings(out io.Writer, findings []netlab.Finding) {
+	for _, f := range findings {
+		mark := "ok  "
+		if !f.OK {
+			mark = "LACK"
+		}
+		fmt.Fprintf(out, "%s  %-32s %s\n", mark, f.Need, f.Detail)
+		if !f.OK {
+			fmt.Fprintf(out, "      %-32s %s\n", "", f.Cost)
+		}
+	}
 }
