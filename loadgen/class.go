@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
+	"os"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -33,11 +35,14 @@ const (
 	Unreachable     Class = "unreachable"       // ENETUNREACH, EHOSTUNREACH
 	WriteReset      Class = "write_reset"       // ECONNRESET while sending the request
 	WriteBrokenPipe Class = "write_broken_pipe" // EPIPE while sending the request
-	ReadReset       Class = "read_reset"        // ECONNRESET while waiting for the reply
+	ReadReset       Class = "read_reset"        // ECONNRESET while waiting for the reply, or with Passive for the close
 	EOF             Class = "eof"               // the server closed before the reply was complete
 	ReadTimeout     Class = "read_timeout"      // request not sent or reply not complete within ReplyTimeout, or ETIMEDOUT
+	CloseTimeout    Class = "close_timeout"     // with Passive: the server did not close within ReplyTimeout of its reply
 	ServerError     Class = "server_error"      // a reply that says error
-	BadReply        Class = "bad_reply"         // bytes that are no reply
+	BadReply        Class = "bad_reply"         // bytes that are no reply, or that nobody asked for
+	PoolExhausted   Class = "pool_exhausted"    // the client's pool had no connection, and no place in a queue for one
+	PoolTimeout     Class = "pool_timeout"      // waited in vain for a connection of the client's pool
 	Canceled        Class = "canceled"          // in flight when the run was canceled
 	Other           Class = "other"             // any other errno; Report.Causes has its name
 )
@@ -81,16 +86,39 @@ const (
 
 var errTimeout = errors.New("timed out")
 
+// ConnectClass is the class of an error from making a connection, of package net
+// or an errno.
+func ConnectClass(err error) Class {
+	if errors.Is(err, unix.EADDRINUSE) {
+		return NoLocalPort // of bind(2), which is part of a dial
+	}
+	return classify(connecting, err)
+}
+
+// ReplyClass is the class of an error from sending a request or waiting for its
+// reply, of package net or an errno.
+func ReplyClass(err error) Class {
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "write" {
+		return classify(writing, err)
+	}
+	return classify(reading, err)
+}
+
 // classify names the column of a failure.
 func classify(p phase, err error) Class {
 	switch {
 	case errors.Is(err, context.Canceled):
 		return Canceled
-	case errors.Is(err, errTimeout), errors.Is(err, unix.ETIMEDOUT):
-		if p == connecting {
+	case errors.Is(err, errTimeout), errors.Is(err, unix.ETIMEDOUT),
+		errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		switch p {
+		case connecting:
 			return ConnectTimeout
+		case closing:
+			return CloseTimeout
+		default:
+			return ReadTimeout
 		}
-		return ReadTimeout
 	case errors.Is(err, unix.EADDRNOTAVAIL), p == opening && errors.Is(err, unix.EADDRINUSE):
 		return NoLocalPort
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):

@@ -30,7 +30,7 @@ type engine struct {
 	report  *Report
 
 	connecting list // in order of connect(2)
-	replying   list // in order of the time from which ReplyTimeout counts
+	replying   list // in order of the time from which ReplyTimeout counts; also those that wait for the server's FIN
 	inFlight   int
 
 	again []int // operations to start once more, by index
@@ -270,6 +270,8 @@ func (e *engine) event(c *conn, events uint32) {
 	}
 	if c.phase == reading && events&^unix.EPOLLOUT != 0 {
 		e.read(c)
+	} else if c.phase == closing {
+		e.readEnd(c)
 	}
 	// The edge of a close that came with the reply is spent by now.
 	if c.phase == idle && events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -350,7 +352,7 @@ func (e *engine) read(c *conn) {
 			e.fail(c, fmt.Errorf("%w: %w", errBadReply, err))
 			return
 		case complete:
-			e.end(c, OK, nil)
+			e.replied(c)
 			return
 		case len(b) > maxReply:
 			e.fail(c, fmt.Errorf("%w: longer than %d bytes", errBadReply, maxReply))
@@ -358,6 +360,33 @@ func (e *engine) read(c *conn) {
 		case len(c.reply) == 0:
 			c.reply = append(c.reply, b...)
 		}
+	}
+}
+
+// replied ends the operation, or waits for the server's FIN.
+func (e *engine) replied(c *conn) {
+	if e.cfg.Close != Passive {
+		e.end(c, OK, nil)
+		return
+	}
+	c.op.Done = e.now()
+	c.phase, c.since = closing, c.op.Done
+	c.moveTo(&e.replying)
+	e.readEnd(c) // it may have come with the reply
+}
+
+// readEnd takes what comes where only a FIN is expected.
+func (e *engine) readEnd(c *conn) {
+	n, errno := receive(c.fd, e.s.scratch[:])
+	switch {
+	case errno == unix.EAGAIN:
+	case errno != 0:
+		e.fail(c, errno)
+	case n > 0:
+		e.fail(c, fmt.Errorf("%w: %d bytes after it", errBadReply, n))
+	default:
+		c.op.Closed = e.now()
+		e.end(c, OK, nil)
 	}
 }
 
@@ -390,7 +419,10 @@ func firstWord(err error) string {
 
 // end puts the operation in its column, and keeps or closes the connection.
 func (e *engine) end(c *conn, class Class, err error) {
-	c.op.Class, c.op.Err, c.op.Done = class, err, e.now()
+	c.op.Class, c.op.Err = class, err
+	if c.op.Closed == 0 {
+		c.op.Done = e.now()
+	}
 	e.inFlight--
 	if class == OK {
 		e.report.OK++

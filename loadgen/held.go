@@ -30,6 +30,9 @@ func Hold(ctx context.Context, cfg Config) (*Held, *Report, error) {
 	if cfg.Held != nil {
 		return nil, nil, errors.New("load: Hold opens connections, it takes none")
 	}
+	if cfg.Close == Passive {
+		return nil, nil, fmt.Errorf("load: %w", errPassive)
+	}
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, nil, fmt.Errorf("load: %w", err)

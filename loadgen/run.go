@@ -18,6 +18,14 @@ const (
 	Graceful CloseStyle = iota
 	// Reset sends RST, by SO_LINGER with a time of zero. No TIME_WAIT is left.
 	Reset
+	// Passive waits for the server's FIN and only then sends its own. The
+	// server closes first, so TIME_WAIT is the server's; it must be one that
+	// closes, as `connlab server --close-after 1`. The operation is in flight
+	// until then: where the server has not closed within ReplyTimeout of its
+	// reply the operation ends as [CloseTimeout], where it resets as
+	// [ReadReset], where it says more as [BadReply]. One that fails, in these
+	// ways or before, closes as with Graceful.
+	Passive
 )
 
 // Config says what a run does. Zero values have the defaults named here.
@@ -44,11 +52,12 @@ type Config struct {
 	// own limit is net.ipv4.tcp_syn_retries, about 2 minutes.
 	ConnectTimeout time.Duration
 	// ReplyTimeout counts from the open connection, and on a held connection
-	// from the start of the operation, to the complete reply; the default is
-	// 5 s.
+	// from the start of the operation, to the complete reply; with Passive
+	// once more from there to the server's FIN. The default is 5 s.
 	ReplyTimeout time.Duration
 	// Close is how connections are closed, whether or not the operation
-	// succeeded.
+	// succeeded. Passive needs a reply to wait after and is not for
+	// ConnectOnly, Held and [Hold].
 	Close CloseStyle
 
 	// Held, if set, makes operations go over these connections instead of new
@@ -92,9 +101,12 @@ type Op struct {
 	Due       time.Duration
 	Started   time.Duration // just before connect(2), or before the request on a held connection
 	Connected time.Duration // the connection was seen to be open; zero on a held one
-	Done      time.Duration
-	Class     Class
-	Err       error // why it failed, nil if it is OK or not started
+	// Done is when it ended; if it is OK that is when its reply was complete,
+	// with any CloseStyle: a latency is that of the reply.
+	Done   time.Duration
+	Closed time.Duration // the server's FIN was seen; only with Passive, and if it is OK
+	Class  Class
+	Err    error // why it failed, nil if it is OK or not started
 }
 
 // Progress is the account of one or several runs that go on, to be read from
@@ -142,6 +154,8 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	return newEngine(cfg, s, false).run(ctx)
 }
 
+var errPassive = errors.New("the server is waited for to close after a reply on a connection of the operation's own: Passive does not go with ConnectOnly or held connections")
+
 var ping = []byte("*1\r\n$4\r\nPING\r\n")
 
 func (cfg Config) withDefaults() (Config, error) {
@@ -158,6 +172,9 @@ func (cfg Config) withDefaults() (Config, error) {
 	}
 	if cfg.Held != nil && cfg.ConnectOnly {
 		return cfg, errors.New("held connections are open already: ConnectOnly does nothing")
+	}
+	if cfg.Close == Passive && (cfg.ConnectOnly || cfg.Held != nil) {
+		return cfg, errPassive
 	}
 	if cfg.ConnectTimeout < 0 || cfg.ReplyTimeout < 0 || cfg.MaxInFlight < 0 {
 		return cfg, errors.New("a timeout or the limit of operations in flight is negative")

@@ -224,6 +224,8 @@ func TestClassify(t *testing.T) {
 		{writing, unix.ECONNRESET, WriteReset},
 		{writing, unix.EPIPE, WriteBrokenPipe},
 		{writing, errTimeout, ReadTimeout},
+		{closing, errTimeout, CloseTimeout},
+		{closing, unix.ECONNRESET, ReadReset},
 		{reading, unix.ETIMEDOUT, ReadTimeout},
 		{reading, unix.ECONNREFUSED, Other},
 		{reading, unix.EHOSTUNREACH, Unreachable},
@@ -231,24 +233,6 @@ func TestClassify(t *testing.T) {
 		{reading, context.Canceled, Canceled},
 	} {
 		assert.Equal(t, test.want, classify(test.phase, test.err), "%s: %v", test.phase, test.err)
-	}
-}
-
-func TestCloseStyle(t *testing.T) {
-	for style, want := range map[CloseStyle]error{Graceful: io.EOF, Reset: unix.ECONNRESET} {
-		const n = 10
-		ended := make(chan error, n)
-		target := serve(t, func(c *net.TCPConn) {
-			request(c)
-			_, _ = c.Write([]byte("+PONG\r\n"))
-			_, err := c.Read(make([]byte, 1))
-			ended <- err
-		})
-		report := load(t, Config{Targets: at(target), Schedule: Burst(n, 0), Close: style})
-		assert.EqualValues(t, n, report.OK)
-		for range n {
-			assert.ErrorIs(t, <-ended, want)
-		}
 	}
 }
 
@@ -420,6 +404,8 @@ func TestConfigIsChecked(t *testing.T) {
 		{"no IPv4 address", Config{Schedule: Burst(1, 0), Targets: at(netip.MustParseAddrPort("127.0.0.1:0"))}},
 		{`source "x" makes no sockets`, Config{Schedule: Burst(1, 0), Targets: at(target), Sources: []Source{{Name: "x"}}}},
 		{"negative", Config{Schedule: Burst(1, 0), Targets: at(target), ConnectTimeout: -1}},
+		{"Passive does not go with ConnectOnly", Config{Schedule: Burst(1, 0), Targets: at(target), Close: Passive, ConnectOnly: true}},
+		{"Passive does not go with", Config{Schedule: Burst(1, 0), Held: held, Close: Passive}},
 		{"ConnectOnly does nothing", Config{Schedule: Burst(1, 0), Held: held, ConnectOnly: true}},
 	} {
 		report, err := Run(t.Context(), test.cfg)
@@ -428,6 +414,8 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 	_, _, err := Hold(t.Context(), Config{Schedule: Burst(1, 0), Held: held})
 	assert.ErrorContains(t, err, "takes none")
+	_, _, err = Hold(t.Context(), Config{Schedule: Burst(1, 0), Targets: at(target), Close: Passive})
+	assert.ErrorContains(t, err, "Passive does not go with")
 }
 
 func TestWithoutPwait2(t *testing.T) {

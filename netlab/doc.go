@@ -24,7 +24,8 @@
 //     pkg/ns for why goroutines and namespaces do not mix.
 //   - Children get a parent-death signal (prctl PR_SET_PDEATHSIG), which
 //     follows the thread that started them: that same locked thread. Programs
-//     that fork are contained in a process-id namespace instead ([Program]).
+//     that fork are contained in a process-id namespace instead, and those that
+//     must write files can have mounts of their own ([Program]).
 //
 // What it refuses to do: write a sysctl outside its own namespaces, touch an
 // interface, route or firewall rule of the host, or leave a name behind.

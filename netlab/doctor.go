@@ -55,6 +55,8 @@ var probes = []probe{
 	{NeedSYNTimers, "predictions of connect times use the schedule of kernels before 6.5: 1, 3, 7, 15 s", probeSYNTimers},
 	{NeedRedis, "runs with the real server beside ours are skipped; apt-get install redis-server", probeProgram("redis-server", "--version")},
 	{NeedHAProxy, "variants with a real layer-7 balancer are skipped, those with our own are not; apt-get install haproxy", probeProgram("haproxy", "-v")},
+	{NeedNginx, "variants with nginx's own connection pools are skipped, those with our model of them are not; apt-get install nginx libnginx-mod-http-lua", probeNginx},
+	{NeedRestyRedis, "variants that call Redis through this library are skipped, those with a Lua script of our own are not; apt-get install lua-nginx-redis", probeRestyRedis},
 	{NeedTshark, "captures are recorded, but no second reader checks them; apt-get install tshark", probeProgram("tshark", "--version")},
 }
 

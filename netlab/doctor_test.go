@@ -30,7 +30,7 @@ func TestDoctor(t *testing.T) {
 	}
 	for _, n := range []Need{
 		NeedPrivilege, NeedNamespace, NeedVeth, NeedBridge, NeedTUN, NeedNetem, NeedNftables, NeedBTF, NeedTracepoints,
-		NeedFiles, NeedUntracked, NeedPlainTCP, NeedSYNTimers, NeedRedis, NeedHAProxy, NeedTshark,
+		NeedFiles, NeedUntracked, NeedPlainTCP, NeedSYNTimers, NeedRedis, NeedHAProxy, NeedNginx, NeedRestyRedis, NeedTshark,
 	} {
 		assert.Contains(t, findings, n)
 	}
@@ -63,6 +63,16 @@ func TestDoctor(t *testing.T) {
 		if err == nil {
 			assert.Regexp(t, "^"+regexp.QuoteMeta(path)+` \d+\.\d+`, findings[need].Detail)
 		}
+	}
+	nginx, err := LookNginx()
+	assert.Equal(t, err == nil, findings[NeedNginx].OK, "nginx: %v", err)
+	if err == nil {
+		assert.Equal(t, nginx.Path+" "+nginx.Version+" with "+nginx.Modules[1], findings[NeedNginx].Detail)
+	}
+	file, _, err := LookRestyRedis()
+	assert.Equal(t, err == nil, findings[NeedRestyRedis].OK, "lua-resty-redis: %v", err)
+	if err == nil {
+		assert.Contains(t, findings[NeedRestyRedis].Detail, file)
 	}
 }
 

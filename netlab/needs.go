@@ -30,6 +30,8 @@ const (
 	NeedSYNTimers   Need = "SYN retry times"
 	NeedRedis       Need = "redis-server"
 	NeedHAProxy     Need = "haproxy"
+	NeedNginx       Need = "nginx with Lua"
+	NeedRestyRedis  Need = "lua-resty-redis"
 	NeedTshark      Need = "tshark"
 )
 

@@ -48,6 +48,12 @@ type Program struct {
 	// a master with workers. The program sees other process ids than the machine
 	// does: it is not itself that it finds at its own in /proc.
 	Contain bool
+	// PrivateMounts starts the program in a mount namespace of its own, in which
+	// every mount is private: what it mounts is seen by itself and its children
+	// only, and is gone with the last of them, however that ends
+	// (mount_namespaces(7)). It is for programs that must write files and leave
+	// none: they mount a tmpfs first. What they do not mount over is the machine's.
+	PrivateMounts bool
 }
 
 // Process is a program that runs on a host.
@@ -82,6 +88,10 @@ func (h *Host) Start(ctx context.Context, p Program) (*Process, error) {
 		cmd.SysProcAttr.Setpgid = true
 	}
 	proc.cmd = cmd
+	if p.PrivateMounts {
+		// Package syscall makes all mounts of the new namespace private.
+		cmd.SysProcAttr.Unshareflags = unix.CLONE_NEWNS
+	}
 	start, end := cmd.Start, func() error { return nil }
 	if p.Contain {
 		c, err := newContainer()

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -275,6 +276,64 @@ func TestContain(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, own+"\n", p.Output())
 	})
+}
+
+// What a program mounts is its own, and nothing of it is left behind.
+func TestPrivateMounts(t *testing.T) {
+	lab := up(t, star(1))
+	server := lab.Host("server")
+	for _, contain := range []bool{false, true} {
+		dir := t.TempDir()
+		prog := sh("mount -t tmpfs connlab-test " + dir + " && echo there >" + dir + "/file && echo && exec sleep 1000")
+		prog.PrivateMounts, prog.Contain = true, contain
+		said := make(chan struct{}, 1)
+		prog.Stdout = writerFunc(func([]byte) { said <- struct{}{} })
+		p, err := server.Start(t.Context(), prog)
+		require.NoError(t, err)
+		select {
+		case <-said:
+		case <-p.Done():
+			require.FailNow(t, "it could not mount", p.Output())
+		}
+		inside, err := os.ReadFile(fmt.Sprintf("/proc/%d/root%s/file", p.Pid(), dir))
+		require.NoError(t, err)
+		assert.Equal(t, "there\n", string(inside))
+		assert.Equal(t, []int{p.Pid()}, mounters(t, dir), "it is mounted for that process alone")
+		outside, err := os.ReadDir(dir)
+		require.NoError(t, err)
+		assert.Empty(t, outside)
+
+		require.NoError(t, p.Signal(unix.SIGKILL))
+		<-p.Done()
+		assert.Empty(t, mounters(t, dir))
+		outside, err = os.ReadDir(dir)
+		require.NoError(t, err)
+		assert.Empty(t, outside)
+	}
+	t.Run("a program without it is in the machine's", func(t *testing.T) {
+		p, err := server.Start(t.Context(), sh("readlink /proc/self/ns/mnt"))
+		require.NoError(t, err)
+		<-p.Done()
+		own, err := os.Readlink("/proc/self/ns/mnt")
+		require.NoError(t, err)
+		assert.Equal(t, own+"\n", p.Output())
+	})
+}
+
+// mounters are the processes that see something mounted at a directory.
+func mounters(t *testing.T, dir string) (pids []int) {
+	t.Helper()
+	tables, err := filepath.Glob("/proc/[0-9]*/mountinfo")
+	require.NoError(t, err)
+	for _, table := range tables {
+		// A process that ended meanwhile sees nothing.
+		if b, err := os.ReadFile(table); err == nil && strings.Contains(string(b), " "+dir+" ") {
+			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(table)))
+			require.NoError(t, err)
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // A program at the terminal has the files that it was given, and its group is ours.

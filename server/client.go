@@ -2,6 +2,7 @@ package server
 
 import (
 	"cmp"
+	"container/list"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -37,6 +38,10 @@ type client struct {
 	created  time.Duration // of the clock
 	lastSeen time.Duration // of the clock: last bytes read from it or written to it
 	lastCmd  *command
+	requests int // served, errors included
+
+	finished time.Duration // of the clock: when its FIN was read
+	leaving  *list.Element // in Server.leaving; nil as long as it has sent no FIN, or if it is closed for that at once
 
 	pending         bool // is in Server.pending
 	wantWrite       bool // waits for EPOLLOUT
@@ -72,25 +77,6 @@ func (s *Server) reset(c *client) {
 // mustAuthenticate reports whether the client still owes the password.
 func (s *Server) mustAuthenticate(c *client) bool {
 	return s.cfg.RequirePass != "" && !c.authenticated
-}
-
-// doom has a client closed at the end of the cycle. Events and requests of it that are already there are not served.
-func (s *Server) doom(c *client) {
-	if !c.doomed {
-		c.doomed = true
-		s.doomed = append(s.doomed, c)
-	}
-}
-
-// drop closes a doomed client.
-func (s *Server) drop(c *client) {
-	unix.Close(c.fd) // also takes it out of the poll: no descriptor is duplicated here
-	s.byFD[c.fd] = nil
-	last := s.clients[len(s.clients)-1]
-	last.index = c.index
-	s.clients[c.index] = last
-	s.clients[len(s.clients)-1] = nil
-	s.clients = s.clients[:len(s.clients)-1]
 }
 
 // compact moves replies that are still to be written to the front when at least half of the buffer was written, so that
@@ -137,7 +123,10 @@ func (s *Server) byID() []*client {
 }
 
 // describe renders a client as CLIENT LIST does (networking.c, catClientInfoString). Fields of features that this server
-// lacks have the value that Redis shows when they are not used.
+// lacks have the value that Redis shows when they are not used. tot-cmds, the requests before this one, is of Redis 8. The
+// last three are our own, in milliseconds: age, idle time, and time since the client's FIN, -1 as long as there is none. A
+// client that waits for its delayed close (CloseDelay) is shown as long as its socket is open; fin-ms tells it from the
+// others, and events lacks the r, since it is not read from.
 func (s *Server) describe(b *strings.Builder, c *client) {
 	cmd := "NULL"
 	if c.lastCmd != nil {
@@ -153,22 +142,24 @@ func (s *Server) describe(b *strings.Builder, c *client) {
 	if flags == "" {
 		flags = "N"
 	}
-	events := "r"
-	if c.wantWrite {
-		events = "rw"
+	events, fin := "r", int64(-1)
+	if c.leaving != nil {
+		events, fin = "", (s.clock.now - c.finished).Milliseconds()
 	}
-	age := int64((s.clock.now - c.created) / time.Second)
-	idle := int64((s.clock.now - c.lastSeen) / time.Second)
+	if c.wantWrite {
+		events += "w"
+	}
+	age, idle := s.clock.now-c.created, s.clock.now-c.lastSeen
 	unsent := len(c.out) - c.written
-	fmt.Fprintf(b, "id=%d addr=%s laddr=%s fd=%d name=%s age=%d idle=%d flags=%s db=%d sub=0 psub=0 ssub=0 multi=-1 qbuf=%d qbuf-free=%d argv-mem=0 multi-mem=0 rbs=%d rbp=%d obl=%d oll=0 omem=%d tot-mem=%d events=%s cmd=%s user=default redir=-1 resp=%d lib-name=%s lib-ver=%s",
-		c.id, c.addr, s.localAddr(c), c.fd, c.name, age, idle, flags, c.db, len(c.in), cap(c.in)-len(c.in), cap(c.out), cap(c.out), unsent, unsent, c.memory(), events, cmd, c.proto, c.libName, c.libVersion)
+	fmt.Fprintf(b, "id=%d addr=%s laddr=%s fd=%d name=%s age=%d idle=%d flags=%s db=%d sub=0 psub=0 ssub=0 multi=-1 qbuf=%d qbuf-free=%d argv-mem=0 multi-mem=0 rbs=%d rbp=%d obl=%d oll=0 omem=%d tot-mem=%d events=%s cmd=%s user=default redir=-1 resp=%d lib-name=%s lib-ver=%s tot-cmds=%d age-ms=%d idle-ms=%d fin-ms=%d",
+		c.id, c.addr, s.localAddr(c), c.fd, c.name, age/time.Second, idle/time.Second, flags, c.db, len(c.in), cap(c.in)-len(c.in), cap(c.out), cap(c.out), unsent, unsent, c.memory(), events, cmd, c.proto, c.libName, c.libVersion, c.requests, age.Milliseconds(), idle.Milliseconds(), fin)
 }
 
 // bulk replies with a string, unless that goes beyond what the client may let pile up: then it only notes that.
 func (s *Server) bulk(c *client, b []byte) {
 	if s.overOutputLimit(c, len(b)) {
 		s.stats.outputLimit++
-		s.doom(c)
+		s.doom(c, byServer)
 		return
 	}
 	c.out = resp.AppendBulk(c.out, b)

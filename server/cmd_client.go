@@ -199,7 +199,7 @@ func (s *Server) kill(c *client, f killFilter) (n int64) {
 		if o == c {
 			c.closeAfterReply = true
 		} else {
-			s.doom(o)
+			s.doom(o, byServer)
 		}
 	}
 	return n

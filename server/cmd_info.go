@@ -151,7 +151,9 @@ func infoKeyspace(s *Server, b *strings.Builder) {
 	}
 }
 
-// infoConnlab reports what the lab injects and what it needs to judge it. Times are Unix microseconds of the system's
+// infoConnlab reports what the lab injects and what it needs to judge it. Of the closes, each connection that is gone is
+// counted once, by who ended it: the client by FIN, an error or the client's RST, the server; those rejected because there
+// were too many are in none. closes_delayed is the number of connections that wait for theirs now (CloseDelay). Times are Unix microseconds of the system's
 // clock, 0 if there was no stall yet.
 func infoConnlab(s *Server, b *strings.Builder) {
 	micro := func(t time.Time) int64 {
@@ -170,6 +172,10 @@ func infoConnlab(s *Server, b *strings.Builder) {
 	field(b, "accepted_total", s.stats.connections)
 	field(b, "accept_errors", s.stats.acceptErrors)
 	field(b, "accept_paused", accepting)
+	field(b, "closes_by_client", s.stats.closes[byClient])
+	field(b, "closes_by_error", s.stats.closes[byError])
+	field(b, "closes_by_server", s.stats.closes[byServer])
+	field(b, "closes_delayed", s.leaving.Len())
 	field(b, "loop_cycles", s.stats.cycles)
 	field(b, "requests", s.stats.commands)
 	field(b, "stall_mode", s.cfg.StallMode)

@@ -30,6 +30,16 @@ type Config struct {
 	Timeout   time.Duration // idle time after which a client is closed, in whole seconds, 0 for never; changeable
 	KeepAlive time.Duration // TCP keepalive, in whole seconds, 0 for none; changeable, for new connections
 
+	// CloseDelay is the time from a client's FIN to our close, in milliseconds up to a minute; changeable, also for
+	// those that wait already. A FIN that arrives has the kernel delay the ACK (net/ipv4/tcp_input.c, tcp_fin enters
+	// pingpong mode) by TCP_DELACK_MIN (include/net/tcp.h, HZ/25: 40 ms). A close within that time makes ACK and FIN one
+	// segment, so that the client goes from FIN_WAIT_1 to TIME_WAIT; a later one makes them two, with FIN_WAIT_2 between.
+	CloseDelay time.Duration
+	// CloseAfter is the number of requests after whose last reply we close a connection, 0 for never; changeable. We
+	// close first then, and TIME_WAIT is ours, as with nginx's keepalive_requests. What the client had sent beyond is not
+	// served; bytes of it that were not even read make the kernel send RST instead of FIN (net/ipv4/tcp.c, __tcp_close).
+	CloseAfter int
+
 	RequirePass string // password clients must give, empty for none; changeable
 
 	MaxBulk           int   // bytes in one argument; changeable

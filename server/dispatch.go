@@ -115,7 +115,7 @@ func (s *Server) execute(c *client, args [][]byte) {
 	}
 	if s.overOutputLimit(c, 0) {
 		s.stats.outputLimit++
-		s.doom(c)
+		s.doom(c, byServer)
 	}
 }
 

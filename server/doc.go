@@ -10,6 +10,10 @@
 //     max-new-connections-per-cycle since 7.4.
 //   - A stall can be injected into the cron (CONNLAB STALL, stall-every), outside any command, so that SLOWLOG does
 //     not see it; a slow command (CONNLAB DELAY, DEBUG SLEEP) it does see. Accepting can be paused alone (CONNLAB ACCEPT).
+//   - Who closes first, and when: after a client's FIN the server can wait with its own (close-delay), longer than the
+//     kernel waits with the ACK, so that the client's FIN_WAIT_2 can be seen; or it closes first, after so many requests
+//     (close-after) or idle seconds (timeout), and TIME_WAIT is the server's. CLIENT LIST has ages and idle times in
+//     milliseconds too, INFO the number of closes by who ended the connection.
 //
 // The loop is level-triggered. It waits in epoll_pwait and nowhere else, unless it is told to stand still: in a stall, in
 // a delayed command, in DEBUG SLEEP. Replies are kept until all events of a cycle are served and written before the next

@@ -33,6 +33,7 @@ func (s *Server) loop() error {
 			}
 		}
 		served = s.stats.commands - before
+		s.closeDue()
 		if s.accept.resumeAt != 0 && s.clock.now >= s.accept.resumeAt {
 			if err := s.resumeAccept(); err != nil {
 				return err
@@ -51,6 +52,9 @@ func (s *Server) untilTimer() time.Duration {
 	next := s.nextCron
 	if s.accept.resumeAt != 0 {
 		next = min(next, s.accept.resumeAt)
+	}
+	if _, at, ok := s.nextClose(); ok {
+		next = min(next, at)
 	}
 	return next - s.clock.now
 }
@@ -79,7 +83,10 @@ func (s *Server) serve(ev *unix.EpollEvent) error {
 	if c == nil || c.doomed {
 		return nil
 	}
-	if ev.Events&(unix.EPOLLIN|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+	switch {
+	case c.leaving != nil && ev.Events&(unix.EPOLLHUP|unix.EPOLLERR) != 0:
+		s.doom(c, byError) // a read would only tell of the FIN again (net/ipv4/tcp.c, tcp_recvmsg_locked: SOCK_DONE)
+	case ev.Events&(unix.EPOLLIN|unix.EPOLLHUP|unix.EPOLLERR) != 0:
 		s.readable(c)
 	}
 	if ev.Events&unix.EPOLLOUT != 0 && !c.doomed {
@@ -140,6 +147,7 @@ func (s *Server) acceptReady() error {
 // admit makes a client of an accepted connection, or sends it away when there are too many.
 func (s *Server) admit(fd int, peer netip.AddrPort) {
 	s.stats.connections++
+	s.clock.tick() // up to AcceptsPerCycle connections come in one event; each has an age of its own
 	if len(s.clients) >= s.cfg.MaxClients {
 		s.stats.rejected++
 		_, _ = sysWrite(fd, []byte("-ERR max number of clients reached\r\n")) // best effort, as in Redis
@@ -182,8 +190,11 @@ func (s *Server) readable(c *client) {
 	switch {
 	case errno == unix.EAGAIN || errno == unix.EINTR:
 		return
-	case errno != 0 || n == 0:
-		s.doom(c)
+	case errno != 0:
+		s.doom(c, byError)
+		return
+	case n == 0:
+		s.clientFinished(c)
 		return
 	}
 	s.stats.reads++
@@ -223,7 +234,7 @@ func (s *Server) feed(c *client, data []byte) {
 	}
 	if len(c.in) > s.cfg.QueryBufferLimit {
 		s.stats.queryLimit++
-		s.doom(c)
+		s.doom(c, byServer)
 	}
 }
 
@@ -246,6 +257,10 @@ func (s *Server) process(c *client, buf []byte) (consumed int) {
 		consumed += n
 		if len(args) > 0 {
 			s.execute(c, args)
+			c.requests++
+			if s.cfg.CloseAfter > 0 && c.requests >= s.cfg.CloseAfter {
+				c.closeAfterReply = true
+			}
 		}
 		if len(args) > keepArgs {
 			c.parser.Release()
@@ -273,7 +288,7 @@ func (s *Server) flush(c *client) {
 			break
 		}
 		if errno != 0 {
-			s.doom(c)
+			s.doom(c, byError)
 			return
 		}
 		s.stats.writes++
@@ -293,20 +308,13 @@ func (s *Server) flush(c *client) {
 			c.out = nil
 		}
 		if c.closeAfterReply {
-			s.doom(c)
+			s.doom(c, byServer)
 			return
 		}
 	}
-	if done != c.wantWrite {
-		return
-	}
-	c.wantWrite = !done
-	events := uint32(unix.EPOLLIN)
-	if c.wantWrite {
-		events |= unix.EPOLLOUT
-	}
-	if err := s.poll.modify(c.fd, events); err != nil {
-		s.doom(c)
+	if c.wantWrite == done {
+		c.wantWrite = !done
+		s.watch(c)
 	}
 }
 

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -37,6 +38,7 @@ type Server struct {
 	clients []*client // dense, in no order
 	pending []*client // have replies to write before the next wait
 	doomed  []*client // to be closed at the end of the cycle
+	leaving list.List // of *client: have sent FIN and wait for CloseDelay, in that order
 	nextID  int64
 
 	clock    clock
@@ -87,6 +89,7 @@ type stats struct {
 	commands, cycles, reads, writes, errors int64
 	netIn, netOut                           int64
 	expired, hits, misses                   int64
+	closes                                  [byServer + 1]int64 // index: closer
 	queryLimit, outputLimit, protocolErrors int64
 	opsPerSec                               int64
 	opsSampledAt                            time.Duration

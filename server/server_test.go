@@ -10,7 +10,6 @@ import (
 	"net"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -280,29 +279,6 @@ func TestMaxClients(t *testing.T) {
 	assert.Equal(t, "3", a.info("connected_clients"))
 }
 
-func TestIdleTimeout(t *testing.T) {
-	s := serve(t, func(c *Config) { c.Timeout = time.Second; c.Hz = 100 })
-	idle := dial(t, s.Addr().String())
-	idle.do("PING")
-	busy := dial(t, s.Addr().String())
-	var wg sync.WaitGroup
-	stop := make(chan struct{})
-	wg.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			case <-time.After(50 * time.Millisecond):
-				busy.do("PING")
-			}
-		}
-	})
-	assert.Empty(t, idle.waitClosed())
-	close(stop)
-	wg.Wait()
-	assert.Equal(t, "+PONG", busy.do("PING").String())
-}
-
 func TestClientKill(t *testing.T) {
 	s := serve(t, nil)
 	admin := dial(t, s.Addr().String())
@@ -369,17 +345,19 @@ func TestFlags(t *testing.T) {
 		"--addr", "10.0.0.1:7000", "--backlog", "2048", "--accepts-per-cycle=10", "--hz", "100", "--maxclients", "5", "--timeout", "3", "--tcp-keepalive", "0",
 		"--requirepass", "x", "--proto-max-bulk-len", "1mb", "--client-query-buffer-limit", "2gb", "--output-buffer-limit", "64kb", "--maxmemory", "1k",
 		"--slowlog-log-slower-than", "-1", "--slowlog-max-len", "9", "--stall-mode", "spin", "--stall-every", "5000", "--stall-for", "1430", "--proto-max-multibulk-len", "100",
+		"--close-delay", "60", "--close-after", "100",
 	}))
 	assert.Equal(t, Config{
 		Addr: "10.0.0.1:7000", Backlog: 2048, AcceptsPerCycle: 10, Hz: 100, MaxClients: 5, Timeout: 3 * time.Second, RequirePass: "x",
 		MaxBulk: 1 << 20, MaxArgs: 100, QueryBufferLimit: 2 << 30, OutputBufferLimit: 64 << 10, MaxMemory: 1000,
 		SlowlogSlowerThan: -time.Microsecond, SlowlogMaxLen: 9, StallMode: StallSpin, StallEvery: 5 * time.Second, StallFor: 1430 * time.Millisecond,
+		CloseDelay: 60 * time.Millisecond, CloseAfter: 100,
 	}, cfg)
 	var help strings.Builder
 	fs.SetOutput(&help)
 	fs.PrintDefaults()
 	assert.Contains(t, help.String(), "net.core.somaxconn")
-	for _, bad := range [][]string{{"--backlog", "x"}, {"--hz", "501"}, {"--addr", "nowhere"}, {"--maxmemory", "5 elephants"}, {"--stall-mode", "nap"}, {"--bogus"}} {
+	for _, bad := range [][]string{{"--backlog", "x"}, {"--hz", "501"}, {"--addr", "nowhere"}, {"--maxmemory", "5 elephants"}, {"--stall-mode", "nap"}, {"--close-delay", "60001"}, {"--close-after", "-1"}, {"--bogus"}} {
 		fs := flag.NewFlagSet("server", flag.ContinueOnError)
 		fs.SetOutput(io.Discard)
 		c := DefaultConfig()

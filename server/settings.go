@@ -67,6 +67,10 @@ var settings = []setting{
 		"`seconds` without a request after which a client is closed, 0 for never"),
 	duration("tcp-keepalive", func(c *Config) *time.Duration { return &c.KeepAlive }, time.Second, 0, 32767).asFlag("tcp-keepalive",
 		"`seconds` of silence after which the kernel probes a client, 0 for never"),
+	duration("close-delay", func(c *Config) *time.Duration { return &c.CloseDelay }, time.Millisecond, 0, 60_000).asFlag("close-delay",
+		"`milliseconds` from a client's FIN to our close; above 40, the kernel's delayed ACK, ACK and FIN go out apart and the client is in FIN_WAIT_2 between them"),
+	number("close-after", func(c *Config) *int { return &c.CloseAfter }, 0, math.MaxInt32).asFlag("close-after",
+		"`requests` after whose reply a connection is closed, 0 for never; the server closes first, so TIME_WAIT is the server's"),
 	{
 		name: "requirepass", help: "`password` that clients must give by AUTH or HELLO, empty for none",
 		get: func(c *Config) string { return c.RequirePass },

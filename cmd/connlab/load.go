@@ -25,6 +25,7 @@ type loadOptions struct {
 	connectTimeout time.Duration
 	replyTimeout   time.Duration
 	resetClose     bool
+	passiveClose   bool
 	mine           bool
 	json, quiet    bool
 }
@@ -42,11 +43,19 @@ not started.
 
 With --held N the operations go over N connections that are opened first and kept.
 
+Who closes first keeps the connection in TIME_WAIT for a minute. By default that is
+load, and each costs it a local port; with --close-reset it is nobody; with
+--close-passive it is the server, which must be one that closes by itself, as
+connlab server --close-after 1 does after one reply. A server that does not close
+within --reply-timeout of its reply then makes the operation fail as close_timeout.
+Latency is always that of the reply.
+
 ` + exitHelp + `
 A run whose generator fell behind its schedule is void (3); one with failed
 operations exits with 1.`,
 		Example: `  connlab load --addr 127.0.0.1:6379 --rate 2000 --duration 10s
-  connlab load --addr 127.0.0.1:6379 --rate 2000 --duration 10s --held 100 --poisson --json`,
+  connlab load --addr 127.0.0.1:6379 --rate 2000 --duration 10s --held 100 --poisson --json
+  connlab load --addr 127.0.0.1:6379 --rate 500 --duration 10s --close-passive`,
 		Args: exactly(0, "no argument, only flags"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return load(cmd.Context(), o, cmd.OutOrStdout(), cmd.ErrOrStderr())
@@ -62,6 +71,7 @@ operations exits with 1.`,
 	f.DurationVar(&o.connectTimeout, "connect-timeout", 5*time.Second, "how long to wait for a connection")
 	f.DurationVar(&o.replyTimeout, "reply-timeout", 5*time.Second, "how long to wait for a reply")
 	f.BoolVar(&o.resetClose, "close-reset", false, "close with RST (SO_LINGER 0): no TIME_WAIT is left")
+	f.BoolVar(&o.passiveClose, "close-passive", false, "after the reply wait for the server to close first: TIME_WAIT is the server's")
 	f.BoolVar(&o.mine, "i-operate-this-target", false, "allow a target other than loopback")
 	f.BoolVar(&o.json, "json", false, "write the report as one JSON document")
 	f.BoolVarP(&o.quiet, "quiet", "q", false, "no progress on standard error")
@@ -96,6 +106,10 @@ func (o loadOptions) config() (loadgen.Config, error) {
 		return cfg, usageErrorf("--held %d is out of range: 0 to %d", o.held, maxLoadHeld)
 	case o.connectTimeout <= 0 || o.replyTimeout <= 0:
 		return cfg, usageErrorf("--connect-timeout and --reply-timeout must be above 0")
+	case o.passiveClose && o.resetClose:
+		return cfg, usageErrorf("--close-passive and --close-reset are two ways to close: give one of them")
+	case o.passiveClose && o.held > 0:
+		return cfg, usageErrorf("--close-passive closes a connection after one reply, --held keeps it: give one of them")
 	}
 	cfg = loadgen.Config{
 		Targets:        []netip.AddrPort{target},
@@ -106,8 +120,11 @@ func (o loadOptions) config() (loadgen.Config, error) {
 	if o.poisson {
 		cfg.Schedule = loadgen.Poisson(o.rate, o.duration, o.seed)
 	}
-	if o.resetClose {
+	switch {
+	case o.resetClose:
 		cfg.Close = loadgen.Reset
+	case o.passiveClose:
+		cfg.Close = loadgen.Passive
 	}
 	return cfg, nil
 }
