@@ -46,7 +46,10 @@ type Variant struct {
 	Predictions []Prediction      `json:"predictions"`
 	Metrics     map[string]Metric `json:"metrics"` // by flat name, "server/TcpExt.ListenOverflows"
 	Warnings    []string          `json:"warnings"`
-	Series      []Series          `json:"series,omitempty"`
+	// Evidence is what was seen that is no number, a line each: the kernel's stack
+	// at a reset, how many it stands for.
+	Evidence []string `json:"evidence,omitempty"`
+	Series   []Series `json:"series,omitempty"`
 }
 
 // A Prediction is one number that was fixed by a formula before the run.

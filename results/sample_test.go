@@ -50,6 +50,7 @@ func sampleRecord() *Record {
 					"server/TcpExt.ListenOverflows":                        {4711, "events"},
 				},
 				Warnings: []string{"the load generator was up to 3 ms late"},
+				Evidence: []string{"tcp_send_reset NO_SOCKET ×7: tcp_v4_send_reset ← tcp_v4_rcv"},
 				Series: []Series{NewSeries("accept queue depth", "connections", []Point{
 					{0, 0}, {0.5, 256}, {1, 512}, {1.5, 512}, {2, 64}, {2.5, 0},
 				})},

@@ -62,6 +62,9 @@ func WriteTable(w io.Writer, rec *Record, opts TableOptions) error {
 				r.chart(s)
 			}
 		}
+		for _, line := range v.Evidence {
+			r.text("  ", "evidence: "+line)
+		}
 		for _, warning := range v.Warnings {
 			r.text("  ", "warning: "+warning)
 		}

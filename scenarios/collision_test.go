@@ -32,28 +32,18 @@ func TestTupleCollision(t *testing.T) {
 			Variants: []string{"incident", "forced-first", "forced-last", "long-connections", "layer-7", "full-nat", "kernel-nat"},
 			Set:      []string{"rounds=2", "rate=150", "parallel=2"},
 		})
-		for _, v := range rec.Variants {
-			assert.NotEqual(t, results.Refuted, v.Verdict, "%s: %s", v.Name, v.Reason)
-		}
+		notRefuted(t, rec)
 		return
 	}
 	t.Run(ServerMini, func(t *testing.T) {
 		rec := run(t, &TupleCollision, Options{})
-		for _, v := range rec.Variants {
-			assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
-		}
-		if ReadKernelRules() == goldenRules {
-			golden, err := results.Load("../results/golden/tuple-collision.json")
-			require.NoError(t, err)
-			assert.Empty(t, results.CheckGolden(golden, rec))
-		}
+		allHeld(t, rec)
+		checkGolden(t, rec)
 		wrongFormula(t, rec)
 	})
 	t.Run(ServerRedis, func(t *testing.T) {
 		rec := run(t, &TupleCollision, Options{Server: ServerRedis, Variants: []string{"incident", "forced-first", "forced-last"}, Set: []string{"rounds=5", "parallel=5"}})
-		for _, v := range rec.Variants {
-			assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
-		}
+		allHeld(t, rec)
 	})
 }
 

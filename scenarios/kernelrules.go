@@ -25,6 +25,14 @@ type KernelRules struct {
 	// TimerRounding is by how much a timer of about one second fires late at
 	// most: the timer wheel rounds up to the granularity of its level.
 	TimerRounding time.Duration
+	// TimeWaitRounding is the same for the timer that ends TIME_WAIT after 60 s.
+	TimeWaitRounding time.Duration
+	// DelayedACK is how long a connection that answers and is answered in turn
+	// waits before it sends an ACK alone: TCP_DELACK_MIN (include/net/tcp.h).
+	DelayedACK time.Duration
+	// ResetReasons says that the tracepoint tcp_send_reset tells why, as it does
+	// since Linux 6.10.
+	ResetReasons bool
 	// ConnectPortStep is how far apart the local ports are that connect(2) takes
 	// first: 2 since Linux 4.2, which leaves the others to bind(2), 1 before
 	// (net/ipv4/inet_hashtables.c, __inet_hash_connect).
@@ -37,7 +45,13 @@ type KernelRules struct {
 // ReadKernelRules reads them. A new network namespace starts with the kernel's
 // own defaults, not with the host's settings, so the default is what counts.
 func ReadKernelRules() KernelRules {
-	r := KernelRules{TimerRounding: timerRounding(tick()), ConnectPortStep: 1}
+	r := KernelRules{
+		TimerRounding:    timerRounding(tick(), netlab.InitialSYNTimeout),
+		TimeWaitRounding: timerRounding(tick(), timeWaitLength),
+		DelayedACK:       40 * time.Millisecond, // HZ/25 jiffies, whatever HZ is
+		ResetReasons:     releaseAtLeast(netlab.Kernel(), 6, 10),
+		ConnectPortStep:  1,
+	}
 	if releaseAtLeast(netlab.Kernel(), 4, 2) {
 		r.ConnectPortStep = 2
 	}
@@ -72,11 +86,11 @@ func tick() time.Duration {
 	return time.Duration(ts.Nano())
 }
 
-// timerRounding is the granularity of the wheel level that holds a timer of one
-// second: level n takes timers of 63·8^(n−1) jiffies and more and counts in 8^n
-// jiffies (kernel/time/timer.c, LVL_START and LVL_GRAN).
-func timerRounding(tick time.Duration) time.Duration {
-	jiffies := int64(netlab.InitialSYNTimeout / tick)
+// timerRounding is the granularity of the wheel level that holds a timer of length
+// d: level n takes timers of 63·8^(n−1) jiffies and more and counts in 8^n jiffies
+// (kernel/time/timer.c, LVL_START and LVL_GRAN).
+func timerRounding(tick, d time.Duration) time.Duration {
+	jiffies := int64(d / tick)
 	gran := int64(1)
 	for jiffies >= 63*gran {
 		gran *= 8

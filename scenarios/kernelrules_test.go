@@ -16,15 +16,16 @@ func TestSYNRetriesFollowTheKernel(t *testing.T) {
 
 func TestTimerRounding(t *testing.T) {
 	for _, tt := range []struct {
-		why        string
-		tick, want time.Duration
+		why           string
+		tick, d, want time.Duration
 	}{
-		{"HZ=1000: 1,000 jiffies lie in the level that counts in 64", time.Millisecond, 64 * time.Millisecond},
-		{"HZ=250: 250 jiffies lie in the level that counts in 8", 4 * time.Millisecond, 32 * time.Millisecond},
-		{"HZ=100: 100 jiffies lie in the level that counts in 8", 10 * time.Millisecond, 80 * time.Millisecond},
+		{"HZ=1000: 1,000 jiffies lie in the level that counts in 64", time.Millisecond, time.Second, 64 * time.Millisecond},
+		{"HZ=250: 250 jiffies lie in the level that counts in 8", 4 * time.Millisecond, time.Second, 32 * time.Millisecond},
+		{"HZ=100: 100 jiffies lie in the level that counts in 8", 10 * time.Millisecond, time.Second, 80 * time.Millisecond},
+		{"HZ=250: TIME_WAIT's 15,000 jiffies lie in the level that counts in 512", 4 * time.Millisecond, timeWaitLength, 2048 * time.Millisecond},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
-			assert.Equal(t, tt.want, timerRounding(tt.tick))
+			assert.Equal(t, tt.want, timerRounding(tt.tick, tt.d))
 		})
 	}
 }

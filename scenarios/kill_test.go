@@ -39,6 +39,8 @@ var killables = []struct {
 }{
 	{&Backlog, Options{Variants: []string{"late-ack-abort"}, Set: []string{"hosts=40", "stall=1500ms"}}},
 	{&TupleCollision, Options{Variants: []string{"forced-last", "haproxy"}, Set: []string{"vips=60", "proxies=6", "rounds=4"}}},
+	{&MixedPool, Options{Variants: []string{"nginx"}, Set: []string{"for=1s"}}},
+	{&TimeWaitBuckets, Options{Variants: []string{"compressed"}, Set: []string{"rate=1500"}}},
 }
 
 func runKillable(which, dir string) int {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -41,7 +42,7 @@ func TestMain(m *testing.M) {
 		}
 	}
 	code := m.Run()
-	if stamped {
+	if stamped.Load() {
 		if err := stamp(); err != nil {
 			panic(err)
 		}
@@ -50,7 +51,7 @@ func TestMain(m *testing.M) {
 }
 
 // stamped says that a lab has been used.
-var stamped bool
+var stamped atomic.Bool
 
 // runs is where tests save their records.
 var runs = filepath.Join("..", "results", "runs")
@@ -61,7 +62,7 @@ var runs = filepath.Join("..", "results", "runs")
 // which the tests opened files, and looking at all of them takes longer than
 // that: so this one is opened before any lab is, and written once more at the end.
 func stamp() error {
-	stamped = true
+	stamped.Store(true)
 	if err := makeLike(filepath.Dir(runs), runs); err != nil {
 		return err
 	}

@@ -71,3 +71,67 @@ func skipIfNeeded(t *testing.T, err error) {
 	}
 	require.NoError(t, err)
 }
+
+// allHeld wants every variant held; what the machine lacks is skipped.
+func allHeld(t *testing.T, rec *results.Record) {
+	t.Helper()
+	for _, v := range rec.Variants {
+		if v.Verdict == results.Skipped && os.Getenv("CONNLAB_STRICT") != "1" {
+			t.Logf("%s: skipped: %s", v.Name, v.Reason)
+			continue
+		}
+		assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
+	}
+}
+
+// notRefuted is for runs under the race detector, where the machine may be too
+// slow for the claims: void then, but not refuted.
+func notRefuted(t *testing.T, rec *results.Record) {
+	t.Helper()
+	for _, v := range rec.Variants {
+		assert.NotEqual(t, results.Refuted, v.Verdict, "%s: %s", v.Name, v.Reason)
+	}
+}
+
+// checkGolden compares a whole run with its golden record, where the kernel has the
+// same rules and nothing was skipped.
+func checkGolden(t *testing.T, rec *results.Record) {
+	t.Helper()
+	if ReadKernelRules() != goldenRules || rec.Verdict() == results.Skipped {
+		return
+	}
+	golden, err := results.Load("../results/golden/" + rec.Incident + ".json")
+	require.NoError(t, err)
+	assert.Empty(t, results.CheckGolden(golden, rec))
+}
+
+func find(t *testing.T, rec *results.Record, name string) results.Variant {
+	t.Helper()
+	for _, v := range rec.Variants {
+		if v.Name == name {
+			return v
+		}
+	}
+	require.Fail(t, "no variant "+name)
+	return results.Variant{}
+}
+
+// checkVariants wants every variant to be a complete and possible experiment.
+func checkVariants(t *testing.T, s *Scenario) {
+	t.Helper()
+	roles := map[results.Role]bool{}
+	names := map[string]bool{}
+	for _, v := range s.Variants {
+		e := s.New()
+		require.NoError(t, apply(e, v.Set), v.Name)
+		assert.NoError(t, e.Check(), v.Name)
+		assert.NoError(t, e.Topology().Check(), v.Name)
+		assert.NotEmpty(t, v.Summary, v.Name)
+		assert.NotEmpty(t, e.Predict(v.Role, goldenRules), v.Name)
+		assert.False(t, names[v.Name], "%s is there twice", v.Name)
+		names[v.Name], roles[v.Role] = true, true
+	}
+	for _, role := range []results.Role{results.Incident, results.FalseLead, results.Fix, results.Control} {
+		assert.True(t, roles[role], "no variant is a %s", role)
+	}
+}

@@ -53,7 +53,7 @@ type Experiment interface {
 }
 
 // All lists every scenario, in the order of the articles.
-var All = []*Scenario{&Backlog, &TupleCollision}
+var All = []*Scenario{&Backlog, &TupleCollision, &MixedPool, &TimeWaitBuckets}
 
 // ErrUsage is wrapped by every error about what the caller asked for: an
 // unknown incident, variant, parameter or server, or a value out of range.

@@ -80,3 +80,76 @@ WHAT THE REMEDIES DO
   connect(), at a price: the whole host then shares one range of ports. If the reverse
   mapping takes the last VIP, the second connection works and the old one dies.
 `
+
+const timeWaitStory = `
+WHAT WAS SEEN
+  A web server that talks to Redis sends RSTs all day ("netstat -s | grep reset" climbs).
+  A capture shows the order: the web server sends FIN, Redis acknowledges it and sends
+  its own FIN a little later, and the web server answers that FIN with RST. A kernel trace
+  finds the sender: tcp_v4_send_reset, called by tcp_v4_rcv, which found no socket. "ss"
+  shows many FIN_WAIT_1 and hardly a FIN_WAIT_2. In /proc/net/sockstat there are 127,866
+  TIME_WAITs; tcp_max_tw_buckets is 131,072. With a higher limit the RSTs stop and FIN_WAIT_2
+  can be seen again. Why, the article could not say.
+
+WHY
+  A connection that was closed by its program is an orphan. When its FIN is acknowledged it
+  enters FIN_WAIT_2, and the kernel does not keep a whole socket just to wait for the
+  other side's FIN: tcp_rcv_state_process hands it to tcp_time_wait, which replaces it by a
+  small one, a bucket, of which there are tcp_max_tw_buckets at most (per namespace). If
+  there is none left, inet_twsk_alloc returns nothing, TCPTimeWaitOverflow is counted, and
+  tcp_done ends the socket all the same. The FIN that comes later belongs to no socket:
+  tcp_v4_rcv sends an RST.
+
+  It takes a FIN that comes later. Redis's kernel delays the ACK of a FIN by 40 ms
+  (TCP_DELACK_MIN); if Redis closes within that time, ACK and FIN are one segment, the
+  socket is still there to take it, and nobody is reset, bucket or no bucket.
+
+THE FORMULA
+  A bucket is taken for R = 60 s (TCP_TIMEWAIT_LEN), and up to 2 s more, because the timer
+  wheel ends them in lumps. At r closes a second r·R of them are in use.
+    overflow             if and only if r > M/R        M = tcp_max_tw_buckets
+    closes that overflow max(0, n − M)                 for n closes within 60 s
+    RSTs                 as many, if the other FIN trails by more than 40 ms, or none
+    FIN_WAIT_2 in "ss"   r·(trail − 40 ms) while there are buckets, none when there are not
+  The same n/M, trail/40 ms, and n/r below R make the same experiment, whatever its size.
+
+WHAT DOES NOT HELP
+  tcp_fin_timeout (it bounds the wait for the other FIN, not TIME_WAIT), tcp_tw_reuse (a
+  bucket is reused only by a connection to the same place from the same port), SO_LINGER 0
+  (no TIME_WAIT, because every close is an RST). What helps: more buckets, or fewer closes;
+  see the incident mixed-pool for where so many closes come from.
+`
+
+const mixedPoolStory = `
+WHAT WAS SEEN
+  OpenResty with lua-resty-redis. Connections are given back with set_keepalive, and yet
+  the web server sends FIN after FIN to Redis: 127,866 TIME_WAITs, and CLIENT LIST shows no
+  connection that ever grows old. The code cache is on, Redis's timeout is long enough, and
+  the pool is large enough: the three usual suspects are innocent.
+
+WHY
+  connect() always looks in the pool first, whoever calls it. Somewhere in the code there is
+  a caller that takes a short connection: connect, one command, close(). It is given a
+  connection that others keep, the one used last, and closes it. The pool drains, and those
+  who keep must dial.
+
+THE FORMULA
+  Callers that close come at s per second, those that keep at ℓ. Every call that closes
+  takes one connection away, and every connection was dialed once:
+    dials per second       s
+    P(a call dials)        s/(s+ℓ)     for both kinds: whether the call before it closed
+    uses per connection    (s+ℓ)/s
+    TIME_WAITs             s·R         R = 60 s, and up to 2 s more: s = 2,096 makes 127,866
+  Mixing does not add closes: it makes those dial who keep, and keeps every connection young.
+
+WHAT LOOKS ALIKE, AND WHAT TELLS IT APART
+  a pool too small       more connections are open at once than the pool has places; with K
+                         calls at once and m places each burst dials K−m times
+  Redis's timeout        Redis closes first, so the TIME_WAITs are those of Redis
+  a pool per request     (lua_code_cache off) no connection is ever used twice
+
+WHAT HELPS
+  A pool name of its own for callers that close, or no such callers: a larger pool or a
+  longer idle time keep nothing, because there is nothing to keep. redigo and go-redis have
+  no such trap: who closes there has dialed for himself.
+`

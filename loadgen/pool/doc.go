@@ -34,4 +34,10 @@
 //
 // It refuses to look ahead: nothing is dialed before it is asked for, no idle
 // connection is tested when it is taken, and nothing is retried.
+//
+// [Run] sends callers of two kinds, those that keep their connection and those
+// that close it, through any [Pool]: the cosockets of several workers
+// ([NewCosockets]), redigo ([NewRedigo]) or go-redis ([NewGoRedis]), each used as
+// its users do. The loop is open, as that of loadgen.Run, and every call says
+// whether it was the first to have its connection.
 package pool

@@ -23,15 +23,22 @@ func upLab(tb testing.TB, hosts ...netlab.HostSpec) *netlab.Lab {
 		Switches: []netlab.SwitchSpec{{Name: "lan", Subnet: netip.MustParsePrefix("10.66.0.0/16")}},
 		Hosts:    hosts,
 	})
+	skipUnmet(tb, err)
+	require.NoError(tb, err)
+	tb.Cleanup(func() { require.NoError(tb, lab.Down()) })
+	return lab
+}
+
+// skipUnmet skips the test for a need that the machine does not meet, with the reason,
+// and fails it where CONNLAB_STRICT=1.
+func skipUnmet(tb testing.TB, err error) {
+	tb.Helper()
 	if need, ok := errors.AsType[*netlab.NeedError](err); ok {
 		if os.Getenv("CONNLAB_STRICT") == "1" {
 			tb.Fatal(need)
 		}
 		tb.Skip(need)
 	}
-	require.NoError(tb, err)
-	tb.Cleanup(func() { require.NoError(tb, lab.Down()) })
-	return lab
 }
 
 func host(name string, sysctls map[string]string) netlab.HostSpec {

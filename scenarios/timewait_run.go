@@ -1,0 +1,377 @@
+package scenarios
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"connlab/loadgen"
+	"connlab/netlab"
+	"connlab/netlab/observe"
+	"connlab/results"
+)
+
+// timeWaitRun is one arm while it is measured.
+type timeWaitRun struct {
+	w      *timeWait
+	v      *results.Variant
+	opt    Options
+	lab    *netlab.Lab
+	target *target
+	done   []timeWaitDone
+}
+
+// timeWaitDone is a leg that is over.
+type timeWaitDone struct {
+	timeWaitLeg
+	report     *loadgen.Report
+	began, end time.Time // of the arrivals
+}
+
+// shownTimeWaitSysctls of the web server's namespace are recorded as the kernel
+// has them.
+var shownTimeWaitSysctls = []string{
+	"net.ipv4.tcp_max_tw_buckets", "net.ipv4.tcp_fin_timeout", "net.ipv4.tcp_tw_reuse", "net.ipv4.tcp_max_syn_backlog", "net.ipv4.ip_local_port_range",
+}
+
+// Measure implements [Experiment].
+func (w *timeWait) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *results.Variant) (err error) {
+	want := serverConfig{backlog: 4096}
+	if w.Close == closeServer {
+		want.closeAfter = 1
+	}
+	if opt.server.kind != ServerMini && slices.ContainsFunc(w.legs(), func(l timeWaitLeg) bool { return l.trail > 0 }) {
+		return &netlab.NeedError{Need: needMini, Err: errors.New("redis-server closes as soon as it reads a FIN, and cannot be told to be late")}
+	}
+	r := &timeWaitRun{w: w, v: v, opt: opt, lab: lab}
+	webs := lab.Hosts()[1:]
+	v.Link = webs[0].LinkKind()
+	if r.target, err = opt.server.start(ctx, lab.Host("redis"), want, opt.Log); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.target.stop()) }()
+	if v.Sysctls, err = observe.ReadSysctls(webs[0], shownTimeWaitSysctls...); err != nil {
+		return err
+	}
+	trace, err := startTrace(webs, v)
+	if err != nil {
+		return err
+	}
+	defer trace.stop() //nolint:errcheck // the first stop, below, returned the same error
+	cfg := observe.Config{Counters: lab.Hosts()}
+	if w.oneLeg() {
+		cfg.States, cfg.StatesEvery = webs, w.walkEvery()
+	}
+	watch, err := observe.Start(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer watch.Stop() //nolint:errcheck // as above
+	if err := r.drive(ctx); err != nil {
+		return err
+	}
+	timeline, err := watch.Stop()
+	if err != nil {
+		return err
+	}
+	seen, err := trace.stop()
+	if err != nil {
+		return err
+	}
+	if opt.Timeline != nil {
+		if err := opt.Timeline(v.Name, timeline.WriteCSV); err != nil {
+			return err
+		}
+	}
+	return r.fill(timeline, seen)
+}
+
+// oneLeg says that one web server has all of the load: its sockets are counted by
+// state.
+func (w *timeWait) oneLeg() bool { return len(w.Trails)+len(w.Loads) == 0 }
+
+// walkEvery is how often sockets are counted by state, which is a walk over the
+// machine's whole table: 25 ms with the article's 131,072 buckets.
+func (w *timeWait) walkEvery() time.Duration {
+	if w.Closes < 20_000 {
+		return 100 * time.Millisecond
+	}
+	return 250 * time.Millisecond
+}
+
+// drive runs the legs: trails one after the other, loads side by side.
+func (r *timeWaitRun) drive(ctx context.Context) error {
+	r.done = make([]timeWaitDone, len(r.w.legs()))
+	if len(r.w.Loads) > 0 {
+		if err := r.trail(r.w.Trail); err != nil {
+			return err
+		}
+		g, ctx := errgroup.WithContext(ctx)
+		for i, leg := range r.w.legs() {
+			g.Go(func() (err error) {
+				r.done[i], err = r.run(ctx, leg)
+				return err
+			})
+		}
+		return g.Wait()
+	}
+	for i, leg := range r.w.legs() {
+		if err := r.trail(leg.trail); err != nil {
+			return err
+		}
+		var err error
+		if r.done[i], err = r.run(ctx, leg); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// trail sets how long after a client's FIN the server closes.
+func (r *timeWaitRun) trail(d time.Duration) error {
+	if r.target.kind != ServerMini || r.w.Close == closeServer {
+		return nil // that server has closed the control connection, too
+	}
+	if _, err := r.target.control.Do("CONFIG", "SET", "close-delay", d.Milliseconds()); err != nil {
+		return fmt.Errorf("CONFIG SET close-delay: %w", err)
+	}
+	return nil
+}
+
+// run sends one leg's connections and waits until both ends are through with them.
+func (r *timeWaitRun) run(ctx context.Context, leg timeWaitLeg) (timeWaitDone, error) {
+	host := r.lab.Host(leg.host)
+	from, closeUnused, err := sources([]*netlab.Host{host})
+	if err != nil {
+		return timeWaitDone{}, err
+	}
+	defer closeUnused()
+	cfg := loadgen.Config{
+		Targets: instances(r.w.Instances), Sources: from,
+		Schedule: loadgen.Constant(leg.rate, time.Hour).First(leg.closes),
+		Progress: &loadgen.Progress{},
+	}
+	switch r.w.Close {
+	case closeServer:
+		cfg.Close = loadgen.Passive
+	case closeReset:
+		cfg.Close = loadgen.Reset
+	}
+	stop := every(time.Second, func() {
+		s := cfg.Progress.Snapshot()
+		r.opt.progress("%s: %d of %d connections closed, %d failed", leg.host, s.OK, leg.closes, s.Failed)
+	})
+	defer stop()
+	d := timeWaitDone{timeWaitLeg: leg, began: time.Now()}
+	if d.report, err = loadgen.Run(ctx, cfg); err != nil {
+		return d, err
+	}
+	d.end = time.Now()
+	return d, r.settle(ctx, host)
+}
+
+// settle waits until Redis has closed its end of every connection of a host.
+func (r *timeWaitRun) settle(ctx context.Context, web *netlab.Host) error {
+	open := observe.SetOf(observe.Established, observe.CloseWait, observe.LastAck, observe.FinWait1, observe.FinWait2, observe.Closing, observe.SynRecv)
+	for deadline := time.Now().Add(r.w.Trail + 10*time.Second); ; {
+		sockets, err := observe.ReadSockets(r.target.host, observe.Query{States: open, LocalPort: redisPort})
+		if err != nil {
+			return err
+		}
+		left := 0
+		for _, s := range sockets {
+			if s.Remote.Addr() == web.Addr() {
+				left++
+			}
+		}
+		if left == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%d connections of %s are still open at Redis", left, web.Name())
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+func (r *timeWaitRun) metric(name string, value float64, unit string) {
+	r.v.Metrics[name] = results.Metric{Value: value, Unit: unit}
+}
+
+func (r *timeWaitRun) fill(timeline *observe.Timeline, seen *observe.TraceReport) error {
+	var resets float64
+	for _, d := range r.done {
+		n, err := r.fillLeg(d, timeline, seen)
+		if err != nil {
+			return err
+		}
+		resets += n
+	}
+	r.metric(metricOutRsts+".All", resets, "RSTs")
+	peak, err := timeline.Peak("sockstat.TCP.tw", r.target.host.Name())
+	if err != nil {
+		return err
+	}
+	if r.w.Close == closeServer {
+		peak.Value-- // the control connection, which that server has closed as well
+	}
+	r.metric(metricTWServer, float64(peak.Value), "sockets")
+	if seen != nil {
+		if n := seen.Lost["tcp_send_reset"]; n > 0 {
+			r.v.Void(fmt.Sprintf("the tracer lost %d resets", n))
+		}
+		r.v.Evidence = append(r.v.Evidence, stacks(seen, "tcp_send_reset")...)
+	}
+	if !r.w.oneLeg() {
+		return nil
+	}
+	for _, name := range []string{"sockstat.TCP.tw", "State." + observe.FinWait2.String(), "Tcp.OutRsts"} {
+		points, err := timeline.Series(name, r.done[0].host)
+		if err != nil {
+			return err
+		}
+		r.v.Series = append(r.v.Series, seriesOf(name, points))
+	}
+	return nil
+}
+
+// slowest is the part of the rate asked for that a web server must keep up: what
+// is claimed of the states of its sockets has room for that.
+const slowest = 0.85
+
+// fillLeg records one leg and returns how many RSTs its host sent.
+func (r *timeWaitRun) fillLeg(d timeWaitDone, timeline *observe.Timeline, seen *observe.TraceReport) (resets float64, err error) {
+	if err := d.report.Balanced(); err != nil {
+		return 0, err
+	}
+	metric := func(name string, value float64, unit string) { r.metric(name+d.suffix, value, unit) }
+	metric(metricClosed, float64(d.report.OK), "connections")
+	for class, n := range d.report.Failed {
+		metric("web/Failed."+string(class), float64(n), "connections")
+	}
+	if d.report.NotStarted > 0 {
+		r.v.Void(fmt.Sprintf("the generator left out %d of %d connections", d.report.NotStarted, d.report.Due))
+	}
+	rate := float64(d.report.Due) / d.end.Sub(d.began).Seconds()
+	metric("web/Rate", rate, "connections/s")
+	if d.lasts() > time.Second && rate < slowest*d.rate {
+		r.v.Void(fmt.Sprintf("%s closed %.0f connections a second instead of %.0f", d.host, rate, d.rate))
+	}
+	deltas, err := timeline.Deltas(d.host)
+	if err != nil {
+		return 0, err
+	}
+	for counter, n := range deltas {
+		if n != 0 && isCounter(counter) {
+			metric("web/"+counter, float64(n), unitOf(counter))
+		}
+	}
+	overflow, resets := float64(deltas["TcpExt.TCPTimeWaitOverflow"]), float64(deltas["Tcp.OutRsts"])
+	metric(metricTWOverflow, overflow, "sockets")
+	metric(metricOutRsts, resets, "RSTs")
+	metric(metricRSTsApart, resets-overflow, "RSTs")
+	peak, err := timeline.Peak("sockstat.TCP.tw", d.host)
+	if err != nil {
+		return 0, err
+	}
+	metric(metricTWPeak, float64(peak.Value), "sockets")
+	if r.w.oneLeg() {
+		if err := r.fillStates(d, timeline, metric); err != nil {
+			return 0, err
+		}
+	}
+	if seen == nil {
+		return resets, nil
+	}
+	metric(metricTraceApart, resets-float64(seen.Sum("tcp_send_reset", d.host, "")), "RSTs")
+	metric(metricTraceNoSock, float64(seen.Sum("tcp_send_reset", d.host, "NO_SOCKET")), "RSTs")
+	metric(metricTraceStacked, float64(throughReceive(seen, d.host)), "RSTs")
+	for _, stay := range seen.Stays {
+		if stay.Host == d.host && (stay.State == observe.FinWait1 || stay.State == observe.FinWait2) && stay.Count > 0 {
+			metric(fmt.Sprintf("web/Trace.Stay.%v-%v.Mean", stay.State, stay.Next), (stay.Total / time.Duration(stay.Count)).Seconds(), "s")
+		}
+	}
+	return resets, nil
+}
+
+// fillStates averages the sockets that wait for an ACK and for a FIN, over the time
+// in which neither the beginning nor the end of the load shows and, where the
+// buckets fill, all are in use.
+func (r *timeWaitRun) fillStates(d timeWaitDone, timeline *observe.Timeline, metric func(string, float64, string)) error {
+	from := d.began.Add(2*d.trail + r.w.walkEvery())
+	if d.closes > r.w.Buckets && r.w.Close == closeClient {
+		waiting, err := timeline.Series("sockstat.TCP.tw", d.host)
+		if err != nil {
+			return err
+		}
+		full := slices.IndexFunc(waiting, func(p observe.Point) bool { return p.Value >= int64(r.w.Buckets) })
+		if full < 0 {
+			return nil
+		}
+		from = timeline.Start().Add(waiting[full].At + 2*d.trail)
+	}
+	for _, m := range []struct {
+		state  observe.State
+		metric string
+	}{{observe.FinWait1, metricFinWait1}, {observe.FinWait2, metricFinWait2}} {
+		points, err := timeline.Series("State."+m.state.String(), d.host)
+		if err != nil {
+			return err
+		}
+		var sum, samples float64
+		for _, p := range points {
+			if at := timeline.Start().Add(p.At); at.After(from) && at.Before(d.end) {
+				sum += float64(p.Value)
+				samples++
+			}
+		}
+		if samples > 0 {
+			metric(m.metric, sum/samples, "sockets")
+		}
+	}
+	return nil
+}
+
+// every calls f at an interval until stop is called.
+func every(interval time.Duration, f func()) (stop func()) {
+	done, out := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(out)
+		tick := time.NewTicker(interval)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				f()
+			}
+		}
+	}()
+	return func() {
+		close(done)
+		<-out
+	}
+}
+
+func seriesOf(name string, points []observe.Point) results.Series {
+	list := make([]results.Point, len(points))
+	for i, p := range points {
+		list[i] = results.Point{T: p.At.Seconds(), V: float64(p.Value)}
+	}
+	return results.NewSeries(strings.TrimPrefix(name, "sockstat.TCP."), unitOfGauge(name), list)
+}
+
+func unitOfGauge(name string) string {
+	if isCounter(name) {
+		return unitOf(name)
+	}
+	return "sockets"
+}

@@ -1,0 +1,115 @@
+package scenarios
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"connlab/results"
+)
+
+// TestTimeWaitBuckets reproduces the second half of incident 3. It takes longer
+// than TIME_WAIT does, and is idle for most of it: so it runs beside TestMixedPool,
+// which has to wait as long.
+func TestTimeWaitBuckets(t *testing.T) {
+	t.Parallel()
+	if underRace {
+		rec := run(t, &TimeWaitBuckets, Options{Variants: []string{"compressed", "step", "server-first", "linger-0"}})
+		notRefuted(t, rec)
+		return
+	}
+	rec := run(t, &TimeWaitBuckets, Options{})
+	allHeld(t, rec)
+	checkGolden(t, rec)
+
+	compressed := find(t, rec, "compressed")
+	for i := range compressed.Predictions {
+		if p := &compressed.Predictions[i]; p.Metric == metricTWOverflow {
+			p.Formula, p.Predicted = "n − M + 1", p.Predicted+1
+		}
+	}
+	compressed.Judge()
+	assert.Equal(t, results.Refuted, compressed.Verdict, "M − 1 buckets must be refuted")
+}
+
+// The check must be able to fail: without a trail nobody is reset, and a run that
+// is called an incident says so.
+func TestTimeWaitBucketsCanFail(t *testing.T) {
+	rec := run(t, &TimeWaitBuckets, Options{Variants: []string{"compressed"}, Set: []string{"trail=0s"}})
+	v := rec.Variants[0]
+	assert.Equal(t, results.Refuted, v.Verdict, v.Reason)
+	assert.Contains(t, v.Reason, metricOutRsts+".All")
+}
+
+// A real Redis cannot be told to close late; what does not ask for that must hold.
+func TestTimeWaitBucketsRedis(t *testing.T) {
+	if underRace {
+		t.Skip("the same code as with the mini server")
+	}
+	rec := run(t, &TimeWaitBuckets, Options{Server: ServerRedis, Variants: []string{"prompt", "linger-0", "compressed"}, Set: []string{"trail=0s"}})
+	for i, want := range []results.Verdict{results.Held, results.Held, results.Refuted} {
+		assert.Equal(t, want, rec.Variants[i].Verdict, "%s: %s", rec.Variants[i].Name, rec.Variants[i].Reason)
+	}
+	rec = run(t, &TimeWaitBuckets, Options{Server: ServerRedis, Variants: []string{"compressed"}})
+	assert.Equal(t, results.Skipped, rec.Variants[0].Verdict)
+	assert.Contains(t, rec.Variants[0].Reason, "cannot be told to be late")
+}
+
+func TestTimeWaitBucketsPredictions(t *testing.T) { comparePredictions(t, &TimeWaitBuckets) }
+
+func TestTimeWaitModel(t *testing.T) {
+	w := newTimeWait()
+	w.Buckets = 1000
+	rules := KernelRules{TimeWaitRounding: 2 * time.Second, DelayedACK: 40 * time.Millisecond}
+	for _, tt := range []struct {
+		why              string
+		leg              timeWaitLeg
+		overflow, resets float64
+	}{
+		{"fewer closes than buckets", timeWaitLeg{rate: 100, closes: 999, trail: time.Second}, 0, 0},
+		{"one more than fits", timeWaitLeg{rate: 100, closes: 1001, trail: time.Second}, 1, 1},
+		{"as late as a delayed ACK: FIN and ACK are one segment", timeWaitLeg{rate: 100, closes: 1001, trail: 40 * time.Millisecond}, 1, 0},
+		{"later", timeWaitLeg{rate: 100, closes: 1001, trail: 41 * time.Millisecond}, 1, 1},
+		{"for longer than TIME_WAIT, below M/R", timeWaitLeg{rate: 16, closes: 16 * 65, trail: time.Second}, 0, 0},
+		{"above: r·R − M, R = the wait for the FIN, 60 s and half a lump", timeWaitLeg{rate: 20, closes: 20 * 65, trail: 540 * time.Millisecond}, 20*61.5 - 1000, 20*61.5 - 1000},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			assert.InDelta(t, tt.overflow, w.overflow(tt.leg, rules), 1e-9)
+			assert.InDelta(t, tt.resets, w.resets(tt.leg, rules), 1e-9)
+		})
+	}
+	w.Close = closeServer
+	assert.Zero(t, w.overflow(timeWaitLeg{rate: 100, closes: 5000}, rules), "who closes second has nothing to remember")
+	w.Close = closeReset
+	assert.InDelta(t, 5000, w.resets(timeWaitLeg{rate: 100, closes: 5000}, rules), 0, "each close is an RST")
+}
+
+func TestTimeWaitBucketsCheck(t *testing.T) {
+	for _, tt := range []struct{ why, set, want string }{
+		{"below the range", "buckets=1", "buckets=1 is out of range: 10 to 1e+06"},
+		{"not a number at all", "rate=NaN", "rate=NaN is out of range"},
+		{"no such way to close", "close=nicely", "close=nicely: there is: client, server, reset"},
+		{"two experiments", "trails=1ms loads=1", "trails and loads are two experiments"},
+		{"a trail of nobody", "close=server", "trail is about connections that the web server closes first"},
+		{"too few ports", "instances=4 closes=150000", "37500 ports each: set more instances"},
+		{"too long", "rate=1 closes=1000", "two minutes at most"},
+		{"a load too high", "buckets=1000000 loads=2", "20000 at most"},
+		{"one trail too late", "trails=10ms,2s", "trails=2s is out of range"},
+		{"beyond the first period", "buckets=100 rate=10 closes=1100", "the story repeats itself"},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			e := TimeWaitBuckets.New()
+			require.NoError(t, apply(e, strings.Fields(tt.set)))
+			err := e.Check()
+			require.Error(t, err)
+			assert.Contains(t, err.Error(), tt.want)
+		})
+	}
+	for _, bad := range []string{"trails=20ms,20ms", "trails=soon", "loads=1,,2", "loads=" + strings.Repeat("1,", 30)} {
+		assert.Error(t, apply(TimeWaitBuckets.New(), []string{bad}), bad)
+	}
+	checkVariants(t, &TimeWaitBuckets)
+}
