@@ -8,7 +8,8 @@ GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 # Tests that need root measure: one package at a time on a quiet machine, and
 # never from the cache, which knows nothing of the kernel.
-ONE_BY_ONE := -p 1 -count=1
+# The incidents take longer than go test's ten minutes for a package.
+ONE_BY_ONE := -p 1 -count=1 -timeout 20m
 
 INCIDENT ?= backlog
 ARGS ?=
@@ -45,9 +46,9 @@ fuzz: ## Fuzz each parser for FUZZTIME (1m)
 	done
 
 .PHONY: bench
-bench: setup ## Ratios: server beside redis-server, lab beside mininet, balancer beside the kernel; root or sudo
-	$(GO) test -run '^$$' -bench 'BesideRedis|VersusMininet|BesideKernel' -benchtime 1x -timeout 30m -p 1 -v ./server ./netlab ./scenarios
-	$(GO) test -run '^$$' -bench . -skip 'BesideRedis|VersusMininet|BesideKernel' -timeout 30m -p 1 ./...
+bench: setup ## Ratios: server beside redis-server, lab beside mininet, balancer beside the kernel, load with the tracer on and off; root or sudo
+	$(GO) test -run '^$$' -bench 'BesideRedis|VersusMininet|BesideKernel|BesideTrace' -benchtime 1x -timeout 30m -p 1 -v ./server ./netlab ./scenarios
+	$(GO) test -run '^$$' -bench . -skip 'BesideRedis|VersusMininet|BesideKernel|BesideTrace' -timeout 30m -p 1 ./...
 
 .PHONY: lint
 lint: ## golangci-lint, pinned

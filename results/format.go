@@ -62,6 +62,9 @@ func formatPercent(fraction float64) string {
 	return strconv.FormatFloat(fraction*100, 'g', 6, 64)
 }
 
+// formatLevel writes the level of a test with the two digits that matter.
+func formatLevel(level float64) string { return strconv.FormatFloat(level*100, 'g', 2, 64) + " %" }
+
 // formatSigned is formatNumber with the sign always shown, save for 0.
 func formatSigned(x float64) string {
 	if x > 0 {

@@ -26,7 +26,7 @@ type TableOptions struct {
 func WriteTable(w io.Writer, rec *Record, opts TableOptions) error {
 	r := report{color: opts.Color}
 	r.text("", rec.heading())
-	r.text("  ", parameterText("parameters: ", rec.Parameters))
+	r.text("  ", parameterText("defaults: ", rec.Parameters))
 
 	head := []string{"metric", "predicted", "measured", "error", "tolerance", "verdict"}
 	rows := [][]string{head}
@@ -98,7 +98,11 @@ func (p *Prediction) row() []string {
 	if p.Measured != nil {
 		measured = withUnit(*p.Measured, p.Unit)
 	}
-	return []string{p.Metric, withUnit(p.Predicted, p.Unit), measured, p.errorText(), p.toleranceText(), string(p.Verdict)}
+	off := p.errorText()
+	if p.Tolerance.Kind == KindAtLeast || p.Tolerance.Kind == KindAtMost {
+		off = "–" // the distance from a bound is no error
+	}
+	return []string{p.Metric, withUnit(p.Predicted, p.Unit), measured, off, p.toleranceText(), string(p.Verdict)}
 }
 
 // parameterText lists parameters by name, or is empty if there are none.

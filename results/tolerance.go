@@ -145,9 +145,9 @@ func (t Tolerance) String() string {
 	case KindAtMost:
 		return "≤"
 	case KindPoisson:
-		return "Poisson test, level " + formatPercent(t.Level) + " %"
+		return "Poisson test, level " + formatLevel(t.Level)
 	case KindBinomial:
-		return "binomial test, " + formatNumber(float64(t.Trials)) + " trials, level " + formatPercent(t.Level) + " %"
+		return "binomial test, " + formatNumber(float64(t.Trials)) + " trials, level " + formatLevel(t.Level)
 	}
 	return "none"
 }

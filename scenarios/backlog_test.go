@@ -21,6 +21,10 @@ var goldenRules = KernelRules{
 // TestBacklog reproduces incident 1: every variant against the mini server, and
 // the heart of it against a real redis-server in the same place.
 func TestBacklog(t *testing.T) {
+	if underRace {
+		notRefuted(t, run(t, &Backlog, Options{Variants: []string{"incident", "late-ack-abort", "long-connections"}}))
+		return
+	}
 	for _, tt := range []struct {
 		server   string
 		variants []string

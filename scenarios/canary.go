@@ -3,6 +3,7 @@ package scenarios
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
@@ -10,9 +11,8 @@ import (
 	"connlab/netlab"
 )
 
-// canary is a connection that takes the same way as the detectors' and that none
-// of theirs can collide with, since it comes from another host. What it waits for
-// an answer is how busy the machine is, whatever the balancer does to others.
+// canary is a connection that asks something all the time, and that the fault under
+// test cannot touch. What it waits for an answer is how busy the machine is.
 type canary struct {
 	cancel  context.CancelFunc
 	slowest chan time.Duration
@@ -23,12 +23,14 @@ type canary struct {
 // canaryEvery is the time between an answer and the next PING.
 const canaryEvery = 20 * time.Millisecond
 
-func (c *collision) startCanary(ctx context.Context, h *netlab.Host) (*canary, error) {
-	conn, err := h.DialContext(ctx, "tcp", c.target(0).String())
+// startCanary asks the server at addr, from a host of the lab; no answer within the
+// timeout is as slow as it gets.
+func startCanary(ctx context.Context, h *netlab.Host, addr netip.AddrPort, timeout time.Duration) (*canary, error) {
+	conn, err := h.DialContext(ctx, "tcp", addr.String())
 	if err != nil {
 		return nil, fmt.Errorf("canary: %w", err)
 	}
-	client := redis.NewConn(conn, c.Timeout, c.Timeout)
+	client := redis.NewConn(conn, timeout, timeout)
 	if _, err := client.Do("PING"); err != nil {
 		client.Close()
 		return nil, fmt.Errorf("canary: %w", err)
@@ -43,7 +45,7 @@ func (c *collision) startCanary(ctx context.Context, h *netlab.Host) (*canary, e
 			_, err := client.Do("PING")
 			slowest = max(slowest, time.Since(began))
 			if err != nil {
-				slowest = max(slowest, c.Timeout) // no answer at all: as slow as it gets
+				slowest = max(slowest, timeout)
 			}
 			if err != nil || sleep(ctx, canaryEvery) != nil {
 				k.slowest <- slowest

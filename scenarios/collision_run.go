@@ -61,7 +61,9 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if v.Sysctls, err = observe.ReadSysctls(r.detectors[0], "net.ipv4.ip_local_port_range", "net.ipv4.tcp_syn_retries"); err != nil {
 		return err
 	}
-	canary, err := c.startCanary(ctx, lab.Host("canary"))
+	// It takes the same way as the detectors' connections, and none of theirs can
+	// collide with it, since it comes from another host.
+	canary, err := startCanary(ctx, lab.Host("canary"), c.target(0), c.Timeout)
 	if err != nil {
 		return err
 	}

@@ -20,7 +20,7 @@ var MixedPool = Scenario{
 	New:   func() Experiment { return newMixedPool() },
 	Variants: []Variant{
 		{Name: "incident", Role: results.Incident, Set: []string{"short=2096", "keep=2096", "instances=16", "for=70s"},
-			Summary: "as many callers that close as callers that keep: half of all calls dial, and 127,866 TIME_WAITs pile up"},
+			Summary: "as many callers that close as callers that keep: half of all calls dial, and as many TIME_WAITs pile up as the article had (70 s)"},
 		{Name: "one-in-ten", Role: results.Incident, Set: []string{"short=100", "keep=900", "instances=2"},
 			Summary: "one caller in ten closes: a tenth of all calls dials, a connection is used ten times"},
 		{Name: "nine-in-ten", Role: results.Incident, Set: []string{"short=900", "keep=100", "instances=2"},
@@ -42,7 +42,7 @@ var MixedPool = Scenario{
 		{Name: "nginx-per-request", Role: results.FalseLead, Set: []string{"pool=nginx", "short=0", "keep=60", "per-request=true"},
 			Summary: "the same with the real nginx"},
 		{Name: "separate", Role: results.Fix, Set: []string{"separate=true"},
-			Summary: "callers that close have a pool of their own: the others do not dial any more; those who close still do"},
+			Summary: "callers that close have a pool of their own: the others do not dial any more; those who close still do, and so the TIME_WAITs stay"},
 		{Name: "nginx-separate", Role: results.Fix, Set: []string{"pool=nginx", "separate=true"},
 			Summary: "the same with the real nginx"},
 		{Name: "all-keep", Role: results.Fix, Set: []string{"short=0", "keep=1000"},
@@ -152,7 +152,27 @@ func (m *mixedPool) Check() error {
 	case m.Separate && m.PerRequest:
 		found.bad("separate and per-request contradict each other")
 	}
-	if per := (m.Short + m.Keep) * min(m.For, timeWaitLength).Seconds() / float64(m.Instances); per > 18_000 {
+	switch pools := float64(m.pools()); {
+	case m.shares() && m.Short*m.For.Seconds() < 20*pools:
+		found.bad("%.0f calls that close, for %v pools: their first dials would count; set short or for higher, or instances or workers lower", m.Short*m.For.Seconds(), pools)
+	case m.Burst == 0 && m.Size < 10:
+		found.bad("size=%d: calls that overlap by chance would find no place; to see that, set burst", m.Size)
+	case m.Burst > 0 && m.Idle < m.Every+time.Second:
+		found.bad("idle=%v must be a second longer than every=%v, or the pool closes between two bursts", m.Idle, m.Every)
+	case m.Burst > 0 && m.For > 50*time.Second:
+		found.bad("for=%v: with bursts 50s at most, before the first TIME_WAITs end", m.For)
+	case m.Burst == 0 && m.For > 50*time.Second && m.For < 66*time.Second:
+		found.bad("for=%v: after 50s the first TIME_WAITs end, and before 66s how many is chance", m.For)
+	}
+	closing := m.Short
+	if m.PerRequest {
+		closing += m.Keep
+	}
+	kept := min(m.For, timeWaitLength+5*time.Second).Seconds()
+	if tw := closing * kept; tw > 250_000 {
+		found.bad("%.0f TIME_WAITs, and the web server has 262144 buckets: lower the rate or for", tw)
+	}
+	if per := (m.Short + m.Keep) * kept / float64(m.Instances); per > 18_000 {
 		found.bad("up to %.0f connections to each instance: their TIME_WAITs take its ports; set more instances", per)
 	}
 	return found.err()

@@ -21,6 +21,7 @@ const (
 	metricTWSteady     = "web/sockstat.TCP.tw.Steady"
 	metricConnsPeak    = "redis/Connections.Peak"
 	metricAgeMax       = "redis/ClientList.Age.Max"
+	metricAgeMean      = "redis/ClientList.Age.Mean"
 	metricUsedOften    = "clients/Connections.UsedOften"
 )
 
@@ -52,8 +53,12 @@ func (m *mixedPool) Predict(role results.Role, rules KernelRules) []results.Pred
 }
 
 // dialShare is the share of all calls that dial where callers of both kinds share
-// pools: each call that closes takes one connection away.
-func (m *mixedPool) dialShare() float64 { return m.Short / (m.Short + m.Keep) }
+// pools, each call that closes taking one connection away: s/(s+ℓ), by the numbers of
+// calls that the schedules have.
+func (m *mixedPool) dialShare() float64 {
+	closes, keeps := float64(m.closing().Count()), float64(m.keeping().Count())
+	return closes / (closes + keeps)
+}
 
 // shares says whether callers that close are given connections that others keep.
 func (m *mixedPool) shares() bool {
@@ -73,20 +78,17 @@ func (m *mixedPool) predictArrivals(rules KernelRules) []results.Prediction {
 	ended := closes // connections that the web server closes
 	switch {
 	case m.shares():
-		p, random := m.dialShare(), func(calls float64) results.Tolerance { return results.Binomial(int(calls), testLevel) }
-		if m.realNginx() {
-			// A user's connection stays with one worker, so that callers of the two kinds
-			// are not spread alike.
-			random = func(float64) results.Tolerance { return results.Within(0.1) }
-		}
-		add(metricKeepDialed, "calls", "nₗ·s/(s+ℓ)", keeps*p, random(keeps), "a call that keeps dials as often as the one before it in its pool closed")
-		add(metricCloseDialed, "calls", "nₛ·s/(s+ℓ)", closes*p, random(closes), "so does a call that closes: its connection is used just once")
-		add(metricCallsPerDial, "calls", "(s+ℓ)/s", 1/p, results.Within(0.1), "how often a connection is used")
+		// The numbers of calls being given, dials vary less than in independent trials, so
+		// that the tests are on the safe side.
+		p := m.dialShare()
+		add(metricKeepDialed, "calls", "nₗ·nₛ/(nₛ+nₗ)", keeps*p, results.Binomial(int(keeps), testLevel), "s/(s+ℓ) of the nₗ calls that keep: each dials if the one before it in its pool closed")
+		add(metricCloseDialed, "calls", "nₛ·nₛ/(nₛ+nₗ)", closes*p, results.Binomial(int(closes), testLevel), "as many of the nₛ calls that close: they find the same pools; such a connection is used just once")
+		add(metricCallsPerDial, "calls", "(nₛ+nₗ)/nₛ", 1/p, results.Within(0.1), "(s+ℓ)/s: how often a connection is used")
 	case m.PerRequest:
 		ended = keeps
 		add(metricKeepDialed, "calls", "nₗ", keeps, results.Exactly(), "each pool ends with its request, and closes what it was given to keep")
 		add(metricKeepReused, "calls", "0", 0, results.Exactly(), "what tells it apart: no connection is ever used twice")
-	default:
+	case closes > 0:
 		add(metricCloseDialed, "calls", "nₛ", closes, results.Exactly(), "who closes has dialed")
 	}
 	if m.shares() {
@@ -97,12 +99,8 @@ func (m *mixedPool) predictArrivals(rules KernelRules) []results.Prediction {
 	if m.For < timeWaitLength {
 		add(metricTWEnd, "sockets", m.endedFormula(), ended, results.Exactly(), "TIME_WAITs of the web server: one for each connection that it closed")
 	} else if m.For > steadyFrom(rules)+2*time.Second {
-		rate := m.Short
-		if m.PerRequest {
-			rate = m.Keep
-		}
-		add(metricTWSteady, "sockets", "s·R", rate*remembered(rules).Seconds(), results.Within(0.015),
-			fmt.Sprintf("TIME_WAITs in the steady state: each lasts R = 60 s, and up to %v more", rules.TimeWaitRounding))
+		add(metricTWSteady, "sockets", m.endedFormula()+"/T·R", ended/m.For.Seconds()*remembered(rules).Seconds(), results.Within(0.005),
+			fmt.Sprintf("TIME_WAITs in the steady state: each lasts 60 s, and up to %v more; R is the average", rules.TimeWaitRounding))
 	}
 	return append(claims, m.predictAge(inputs)...)
 }
@@ -124,7 +122,12 @@ const ageRisk = 1e-6
 
 // usesAboveMean is the number of uses beyond which a connection counts as used
 // often: the mean, rounded up.
-func (m *mixedPool) usesAboveMean() int { return int(math.Ceil(1 / m.dialShare())) }
+func (m *mixedPool) usesAboveMean() int {
+	if !m.shares() {
+		return 0
+	}
+	return int(math.Ceil(1 / m.dialShare()))
+}
 
 // predictAge is about the ages of connections, in uses and in seconds.
 func (m *mixedPool) predictAge(inputs map[string]float64) []results.Prediction {
@@ -137,11 +140,15 @@ func (m *mixedPool) predictAge(inputs map[string]float64) []results.Prediction {
 		looks := n * m.For.Seconds() / clientListEvery.Seconds()
 		inputs["N"], inputs["looks"], inputs["ε"] = n, looks, ageRisk
 		claims := []results.Prediction{claim(metricAgeMax, "s", "1 + ln(looks/ε)·N/s", inputs, 1+math.Log(looks/ageRisk)*n/m.Short, results.AtMost(),
-			"the oldest connection in CLIENT LIST: none grows old")}
+			"the oldest connection in CLIENT LIST: none grows old; N pools, each looked at every half second, ε the risk to meet an older one by chance")}
 		if closes, u := inputs["nₛ"], float64(m.usesAboveMean()); !m.realNginx() { // which does not tell of each connection
 			inputs["u"] = u
-			claims = append(claims, claim(metricUsedOften, "connections", "nₛ·(ℓ/(s+ℓ))^u", inputs, closes*math.Pow(1-m.dialShare(), u), results.Binomial(int(closes), testLevel),
+			claims = append(claims, claim(metricUsedOften, "connections", "nₛ·(nₗ/(nₛ+nₗ))^u", inputs, closes*math.Pow(1-m.dialShare(), u), results.Binomial(int(closes), testLevel),
 				"connections that had more than u uses, u the mean rounded up: whoever is given one closes it with the same probability, so that uses are geometric"))
+		}
+		if m.For >= timeWaitLength { // looks enough
+			claims = append(claims, claim(metricAgeMean, "s", "N/s", inputs, n/m.Short, results.Within(0.2),
+				"the mean age in CLIENT LIST: exponential while calls do not overlap, which here one in twenty does"))
 		}
 		return claims
 	case m.PerRequest || m.Keep == 0:
@@ -173,7 +180,7 @@ func (m *mixedPool) predictBursts() []results.Prediction {
 	add(metricTWEnd, "sockets", "b·max(0, K−m)", b*over, "TIME_WAITs of the web server: connections for which the pool has no place")
 	note := "connections open at once"
 	if over > 0 {
-		note = "what tells it apart: more connections are open at once than the pool has places"
+		note = fmt.Sprintf("what tells it apart: more connections are open at once than the pool has places, m = %d", m.Size)
 	}
 	add(metricConnsPeak, "connections", "K", k, note)
 	return claims

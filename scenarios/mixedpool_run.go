@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -32,7 +33,8 @@ type mixedPoolRun struct {
 	keep, closing callCounts
 	notBurst      time.Duration // by how much a burst was too slow to be one
 	ages          clientAges
-	usedOften     int // connections closed by callers after more uses than the mean
+	often         int // uses that are more than the mean's, and
+	usedOften     int // connections closed by callers after more
 }
 
 // callCounts is what became of the callers of one kind.
@@ -43,7 +45,7 @@ type callCounts struct {
 
 // Measure implements [Experiment].
 func (m *mixedPool) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *results.Variant) (err error) {
-	r := &mixedPoolRun{m: m, v: v, opt: opt, web: lab.Host("web")}
+	r := &mixedPoolRun{m: m, v: v, opt: opt, web: lab.Host("web"), often: m.usesAboveMean()}
 	v.Link = r.web.LinkKind()
 	if r.target, err = opt.server.start(ctx, lab.Host("redis"), serverConfig{backlog: 4096, timeout: m.Timeout}, opt.Log); err != nil {
 		return err
@@ -117,6 +119,9 @@ func (r *mixedPoolRun) nginxCaller(ctx context.Context, lab *netlab.Lab) (call f
 			to   *callCounts
 			from nginxCalls
 		}{{&r.keep, done.Keep}, {&r.closing, done.Close}} {
+			for text, n := range k.from.Errors {
+				r.v.Warnings = append(r.v.Warnings, fmt.Sprintf("%d calls failed in nginx: %s", n, text))
+			}
 			*k.to = callCounts{ok: k.from.Report.OK, dialed: k.from.dialed(), reused: k.from.reused(), failed: k.from.Report.Failed}
 			if err := k.from.Report.Behind(lumpLimit); err != nil {
 				r.v.Void(err.Error())
@@ -137,7 +142,7 @@ func (r *mixedPoolRun) pool() pool.Pool {
 	case poolRedigo:
 		return pool.NewRedigo(pool.RedigoConfig{Dial: r.dial, MaxIdle: m.Size, IdleTimeout: m.Idle})
 	case poolGoRedis, poolEphemeral:
-		return pool.NewGoRedis(pool.GoRedisConfig{Dial: r.dial, PoolSize: m.Size, Ephemeral: m.Pool == poolEphemeral})
+		return pool.NewGoRedis(pool.GoRedisConfig{Dial: r.dial, PoolSize: m.Size, ConnMaxIdleTime: m.Idle, Ephemeral: m.Pool == poolEphemeral})
 	}
 	return pool.NewCosockets(pool.CosocketConfig{
 		Dial: r.dial, Workers: m.Workers, Size: m.Size, KeepTimeout: m.Idle, Separate: m.Separate, PerRequest: m.PerRequest,
@@ -182,6 +187,9 @@ func (r *mixedPoolRun) callPool(ctx context.Context, p pool.Pool) error {
 		to   *callCounts
 		from *pool.KindReport
 	}{{&r.keep, &report.Keeping}, {&r.closing, &report.Closing}} {
+		if n := k.from.NotReturned; n > 0 {
+			r.v.Warnings = append(r.v.Warnings, fmt.Sprintf("%d connections that were to be kept could not be given back", n))
+		}
 		*k.to = callCounts{ok: k.from.Load.OK, dialed: k.from.Dialed, reused: k.from.Reused, failed: k.from.Load.Failed}
 		limit := lumpLimit
 		if r.m.Burst > 0 {
@@ -196,7 +204,7 @@ func (r *mixedPoolRun) callPool(ctx context.Context, p pool.Pool) error {
 
 // ends notes how often a connection was used before a caller closes it.
 func (r *mixedPoolRun) ends(c pool.Call) {
-	if c.Kind == pool.Closes && c.Class == loadgen.OK && c.Reused+1 > r.m.usesAboveMean() {
+	if c.Kind == pool.Closes && c.Class == loadgen.OK && c.Reused+1 > r.often {
 		r.usedOften++
 	}
 }
@@ -215,6 +223,7 @@ type clientAges struct {
 	looks   int
 	clients int // of all looks
 	sum     time.Duration
+	coarse  bool // the server tells whole seconds only
 }
 
 // clientField finds what is wanted in a line of CLIENT LIST: whole seconds, or the
@@ -254,7 +263,8 @@ func (r *mixedPoolRun) lookOnce() error {
 		}
 		addr, err1 := netip.ParseAddrPort(fields["addr"])
 		age, err2 := time.ParseDuration(fields["age"] + "s")
-		if ms, ok := fields["age-ms"]; ok {
+		ms, fine := fields["age-ms"]
+		if fine {
 			age, err2 = time.ParseDuration(ms + "ms")
 		}
 		if err := errors.Join(err1, err2); err != nil {
@@ -263,6 +273,7 @@ func (r *mixedPoolRun) lookOnce() error {
 		if addr.Addr() != r.web.Addr() {
 			continue
 		}
+		r.ages.coarse = r.ages.coarse || !fine
 		r.ages.clients++
 		r.ages.sum += age
 		r.ages.oldest = max(r.ages.oldest, age)
@@ -322,7 +333,12 @@ func (r *mixedPoolRun) fill(timeline *observe.Timeline) error {
 	}
 	r.metric(metricAgeMax, r.ages.oldest.Seconds(), "s")
 	if r.ages.clients > 0 {
-		r.metric("redis/ClientList.Age.Mean", r.ages.sum.Seconds()/float64(r.ages.clients), "s")
+		r.metric(metricAgeMean, r.ages.sum.Seconds()/float64(r.ages.clients), "s")
+	}
+	of := func(p results.Prediction) bool { return p.Metric == metricAgeMean }
+	if r.ages.coarse && slices.ContainsFunc(r.v.Predictions, of) {
+		r.v.Warnings = append(r.v.Warnings, "this server tells ages in whole seconds: their mean is not claimed")
+		r.v.Predictions = slices.DeleteFunc(r.v.Predictions, of)
 	}
 	r.metric("redis/ClientList.Looks", float64(r.ages.looks), "looks")
 	return nil
@@ -384,6 +400,10 @@ func (r *mixedPoolRun) fillSockets(timeline *observe.Timeline) error {
 		most = max(most, p.Value)
 	}
 	r.metric(metricConnsPeak, float64(most-2), "connections") // the control connection has both its ends there
-	r.v.Series = append(r.v.Series, seriesOf("sockstat.TCP.tw", waiting), seriesOf("Tcp.CurrEstab", conns))
+	first, err := timeline.Series("sockstat.TCP.tw", redisName)
+	if err != nil {
+		return err
+	}
+	r.v.Series = append(r.v.Series, seriesOf("web", "sockstat.TCP.tw", waiting), seriesOf("redis", "sockstat.TCP.tw", first), seriesOf("redis", "Tcp.CurrEstab", conns))
 	return nil
 }

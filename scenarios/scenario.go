@@ -193,7 +193,11 @@ func (s *Scenario) prepare(opt Options) ([]arm, error) {
 			return nil, err
 		}
 		if err := a.experiment.Check(); err != nil {
-			return nil, usagef("variant %s: %s", v.Name, strings.ReplaceAll(err.Error(), "\n", "; "))
+			hint := ""
+			if len(v.Set) > 0 && len(opt.Set) > 0 {
+				hint = fmt.Sprintf(" (this variant sets %s; choose variants with --variant)", strings.Join(v.Set, " "))
+			}
+			return nil, usagef("variant %s: %s%s", v.Name, strings.ReplaceAll(err.Error(), "\n", "; "), hint)
 		}
 		for name, value := range spell(a.experiment) {
 			if value != defaults[name] {
@@ -232,10 +236,27 @@ func apply(e Experiment, settings []string) error {
 			return usagef("--set %s: unknown parameter %q; there is: %s", set, name, strings.Join(names, ", "))
 		}
 		if err := fs.Set(name, value); err != nil {
-			return usagef("--set %s: %v", set, err)
+			return usagef("--set %s: %s", set, wanted(fs.Lookup(name), err))
 		}
 	}
 	return nil
+}
+
+// wanted says what a parameter takes; package flag only says "parse error".
+func wanted(f *flag.Flag, err error) string {
+	if getter, ok := f.Value.(flag.Getter); ok {
+		switch getter.Get().(type) {
+		case int:
+			return "want a whole number"
+		case float64:
+			return "want a number"
+		case bool:
+			return "want true or false"
+		case time.Duration:
+			return "want a time with its unit, such as 500ms or 3s"
+		}
+	}
+	return err.Error()
 }
 
 // spell returns every parameter as it would be typed.

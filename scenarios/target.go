@@ -72,15 +72,6 @@ type serverConfig struct {
 	backlog         int
 	acceptsPerCycle int // the mini server's; redis-server has its own, as it is for 0
 	timeout         int // seconds after which an idle client is closed, 0 for never
-	closeAfter      int // requests after which the server closes, 0 for never; the mini server's
-}
-
-// check says what this server cannot do.
-func (p program) check(cfg serverConfig) error {
-	if p.kind == ServerRedis && cfg.closeAfter > 0 {
-		return &netlab.NeedError{Need: needMini, Err: errors.New("redis-server does not close a connection after a reply")}
-	}
-	return nil
 }
 
 // needMini is what an arm needs that asks of the server what a real Redis does
@@ -93,7 +84,6 @@ func (p program) args(cfg serverConfig) []string {
 			"server", "--addr", fmt.Sprintf("0.0.0.0:%d", redisPort),
 			"--backlog", strconv.Itoa(cfg.backlog),
 			"--timeout", strconv.Itoa(cfg.timeout),
-			"--close-after", strconv.Itoa(cfg.closeAfter),
 		}
 		if cfg.acceptsPerCycle > 0 {
 			args = append(args, "--accepts-per-cycle", strconv.Itoa(cfg.acceptsPerCycle))
@@ -119,9 +109,6 @@ type target struct {
 
 // start runs the server and returns when it listens and answers.
 func (p program) start(ctx context.Context, host *netlab.Host, cfg serverConfig, log io.Writer) (*target, error) {
-	if err := p.check(cfg); err != nil {
-		return nil, err
-	}
 	proc, err := host.Start(ctx, netlab.Program{
 		Path: p.path, Args: p.args(cfg), Dir: "/",
 		Ready:  func() error { return host.Listening(redisPort) },

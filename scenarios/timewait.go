@@ -5,7 +5,6 @@ import (
 	"flag"
 	"fmt"
 	"math"
-	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -28,21 +27,23 @@ var TimeWaitBuckets = Scenario{
 	New:   func() Experiment { return newTimeWait() },
 	Variants: []Variant{
 		{Name: "incident", Role: results.Incident,
-			Summary: "131,072 buckets filled: every further close loses its socket, and the FIN that Redis sends later is answered with RST"},
-		{Name: "raised", Role: results.Fix, Set: []string{"buckets=262144"},
-			Summary: "a higher tcp_max_tw_buckets: no RST, and FIN_WAIT_2 can be seen again"},
-		{Name: "load", Role: results.Incident, Set: []string{"buckets=1311", "loads=0.9,1.1,1.5,2"},
-			Summary: "four web servers with a hundredth of the buckets and of the load, for longer than TIME_WAIT lasts: who closes faster than M/R overflows"},
+			Summary: "131,072 buckets filled (20 s): every further close loses its socket, and the FIN that Redis sends later is answered with RST"},
+		{Name: "load", Role: results.Incident, Set: []string{"buckets=1311", "loads=0.9,0.98,1.1,2"},
+			Summary: "four web servers with a hundredth of the buckets and of the load, for longer than TIME_WAIT lasts (72 s): who closes faster than M/R overflows, and R is not 60 s but up to 62"},
 		{Name: "compressed", Role: results.Incident, Set: small(),
 			Summary: "the same with a hundredth of the buckets and of the closes: the same n/M, and n/r below R as there"},
 		{Name: "step", Role: results.Incident, Set: []string{"buckets=262", "closes=300", "rate=1500", "trails=0s,10ms,20ms,60ms,80ms,100ms,150ms,200ms"},
 			Summary: "how late may Redis close? Below one delayed ACK of 40 ms overflows but no RST, above it an RST for each"},
 		{Name: "fin-timeout", Role: results.FalseLead, Set: small("fin-timeout=5"),
-			Summary: "a remedy that was tried: a shorter tcp_fin_timeout frees nothing that is already in TIME_WAIT"},
+			Summary: "a remedy that suggests itself: a shorter tcp_fin_timeout frees nothing that is already in TIME_WAIT"},
 		{Name: "reuse", Role: results.FalseLead, Set: small("reuse=1"),
 			Summary: "tcp_tw_reuse=1: a bucket is reused only by a connection to the same place from the same port"},
-		{Name: "linger-0", Role: results.FalseLead, Set: small("close=reset"),
+		{Name: "linger-0", Role: results.FalseLead, Set: small("close=reset", "trail=0s"),
 			Summary: "SO_LINGER 0: no TIME_WAIT at all, since now every close is an RST"},
+		{Name: "raised", Role: results.Fix, Set: small("buckets=2622"),
+			Summary: "a higher tcp_max_tw_buckets: no RST, and FIN_WAIT_2 can be seen again"},
+		{Name: "fin-timeout-61", Role: results.Fix, Set: small("fin-timeout=61"),
+			Summary: "a remedy by accident: with a tcp_fin_timeout above 60 s an orphan waits in FIN_WAIT_2 as a whole socket, and the late FIN finds it"},
 		{Name: "server-first", Role: results.Fix, Set: small("close=server", "trail=0s"),
 			Summary: "Redis closes first: FIN_WAIT_2 and TIME_WAIT are its, and the web server needs no bucket"},
 		{Name: "prompt", Role: results.Control, Set: small("trail=0s"),
@@ -96,20 +97,27 @@ func (w *timeWait) Flags(fs *flag.FlagSet) {
 	fs.DurationVar(&w.Trail, "trail", w.Trail, "how long after the web server's FIN Redis closes its end (0s to 1s; mini server only)")
 	fs.StringVar(&w.Close, "close", w.Close, "how a connection ends: `client|server|reset`: FIN by the web server first, by Redis first, or RST by the web server")
 	fs.IntVar(&w.Instances, "instances", w.Instances, "Redis `instances`, an address each: one alone has too few ports for so many TIME_WAITs (1 to 64)")
-	fs.IntVar(&w.FinTimeout, "fin-timeout", w.FinTimeout, "net.ipv4.tcp_fin_timeout of the web server, in seconds (1 to 120)")
+	fs.IntVar(&w.FinTimeout, "fin-timeout", w.FinTimeout, "net.ipv4.tcp_fin_timeout of the web server, in `seconds` (3 to 120)")
 	fs.IntVar(&w.Reuse, "reuse", w.Reuse, "net.ipv4.tcp_tw_reuse of the web server: 0 off, 1 on, 2 loopback only")
 	fs.IntVar(&w.SYNBacklog, "syn-backlog", w.SYNBacklog, "net.ipv4.tcp_max_syn_backlog of the web server (1 to 1000000)")
 	fs.Var(&w.Trails, "trails", "instead of trail: several, one after the other, each with a web server of its own: `20ms,60ms,…`")
-	fs.Var(&w.Loads, "loads", "instead of rate and closes: several web servers side by side, each closing so many times M/60 connections a second for 65 s: `0.9,1.1,…`")
+	fs.Var(&w.Loads, "loads", "instead of rate and closes: several web servers side by side, each closing so many times M/60 connections a second for 72 s: `0.9,1.1,…`")
 }
 
 // timeWaitLength is how long a bucket is kept (include/net/tcp.h, TCP_TIMEWAIT_LEN),
 // before the timer wheel rounds up.
 const timeWaitLength = 60 * time.Second
 
-// loadsFor is how long web servers side by side go on: beyond timeWaitLength and
-// what the timer wheel may add to it.
-const loadsFor = 65 * time.Second
+// loadsFor is how long web servers side by side go on: beyond timeWaitLength and two
+// lumps of the timer wheel, of up to 5.12 s where HZ is 100.
+const loadsFor = 72 * time.Second
+
+// Trails and durations of which the outcome is chance: the delayed ACK is 40 to 44 ms,
+// later on a busy machine, and the first TIME_WAITs end after 60 s or more.
+const (
+	chanceTrailFrom, chanceTrailTo = 25 * time.Millisecond, 55 * time.Millisecond
+	chanceLastsFrom, chanceLastsTo = 50 * time.Second, loadsFor
+)
 
 // Check implements [Experiment].
 func (w *timeWait) Check() error {
@@ -120,11 +128,16 @@ func (w *timeWait) Check() error {
 	found.lasting("trail", w.Trail, 0, time.Second)
 	found.among("close", w.Close, closeClient, closeServer, closeReset)
 	found.within("instances", float64(w.Instances), 1, 64)
-	found.within("fin-timeout", float64(w.FinTimeout), 1, 120)
+	found.within("fin-timeout", float64(w.FinTimeout), 3, 120) // longer than any trail
 	found.within("reuse", float64(w.Reuse), 0, 2)
 	found.within("syn-backlog", float64(w.SYNBacklog), 1, 1e6)
 	for _, trail := range w.Trails {
 		found.lasting("trails", trail, 0, time.Second)
+	}
+	for _, trail := range append([]time.Duration{w.Trail}, w.Trails...) {
+		if trail > chanceTrailFrom && trail < chanceTrailTo {
+			found.bad("a trail of %v is about as long as a delayed ACK: on which side it falls is chance; take up to %v, or from %v", trail, chanceTrailFrom, chanceTrailTo)
+		}
 	}
 	for _, load := range w.Loads {
 		found.within("loads", load, 0.01, 10)
@@ -135,8 +148,8 @@ func (w *timeWait) Check() error {
 	if len(w.Trails)+len(w.Loads) > 0 && w.Close != closeClient {
 		found.bad("trails and loads are about who closes first: not with close=%s", w.Close)
 	}
-	if w.Close == closeServer && w.Trail > 0 {
-		found.bad("trail is about connections that the web server closes first: not with close=server")
+	if w.Close != closeClient && w.Trail > 0 {
+		found.bad("trail is how long after the web server's FIN Redis sends its own: with close=%s set trail=0s", w.Close)
 	}
 	if len(found) > 0 {
 		return found.err()
@@ -152,6 +165,9 @@ func (w *timeWait) Check() error {
 		if leg.lasts() > 2*time.Minute {
 			found.bad("closes=%d at rate=%v take %v: two minutes at most", leg.closes, leg.rate, leg.lasts().Round(time.Second))
 		}
+		if w.Close == closeClient && leg.lasts() > chanceLastsFrom && leg.lasts() < chanceLastsTo {
+			found.bad("closes=%d at rate=%v take %v: the first TIME_WAITs end meanwhile, and how many is chance; take up to %v, or from %v", leg.closes, leg.rate, leg.lasts().Round(time.Second), chanceLastsFrom, chanceLastsTo)
+		}
 		if w.Close == closeClient && leg.lasts() > timeWaitLength && float64(leg.closes) > float64(w.Buckets)+leg.rate*timeWaitLength.Seconds() {
 			found.bad("after the first TIME_WAITs have ended the story repeats itself: closes=%d is more than M + 60·r", leg.closes)
 		}
@@ -159,16 +175,31 @@ func (w *timeWait) Check() error {
 	return errors.Join(found.err(), w.checkDescriptors())
 }
 
-// checkDescriptors compares what is open at once with what this process and the
-// server may have open.
+// mostOpen is how many connections either side may have open at once: the mini
+// server and a Redis take 10,000 clients unless told otherwise.
+const mostOpen = 9000
+
+// checkDescriptors compares what is open at once with that, and with what this
+// process may have open.
 func (w *timeWait) checkDescriptors() error {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return os.NewSyscallError("getrlimit", err)
 	}
 	const slack = 2 // a machine that is twice as slow as it should be
-	if need := uint64(slack*w.Rate*w.Trail.Seconds()) + 3000; need > limit.Max {
-		return fmt.Errorf("rate=%v with trail=%v may need %d open files, and the limit is %d: raise it (ulimit -Hn) or lower one of them", w.Rate, w.Trail, need, limit.Max)
+	var open float64
+	for _, leg := range w.legs() {
+		need := slack * leg.rate * (leg.trail + 50*time.Millisecond).Seconds()
+		if len(w.Loads) > 0 {
+			need += open
+		}
+		open = max(open, need)
+	}
+	if open > mostOpen {
+		return fmt.Errorf("such rates with such trails may keep %.0f connections open at once, and Redis takes 10000: lower one of them", open)
+	}
+	if need := uint64(open) + 3000; need > limit.Max {
+		return fmt.Errorf("such rates with such trails may need %d open files, and the limit is %d: raise it (ulimit -Hn) or lower one of them", need, limit.Max)
 	}
 	return nil
 }
@@ -227,35 +258,6 @@ func (w *timeWait) Topology() netlab.Topology {
 		}))
 	}
 	return t
-}
-
-// redisHost is one host that is every Redis instance: each has an address of its
-// own there.
-func redisHost() netlab.HostSpec {
-	return netlab.HostSpec{
-		Name:   "redis",
-		Links:  []netlab.LinkSpec{{Switch: lanName, Addrs: []netip.Addr{redisAddr}}},
-		Routes: []netlab.RouteSpec{{To: redisPrefix}},
-	}
-}
-
-// webHost is a client of the instances.
-func webHost(name string, sysctls map[string]string) netlab.HostSpec {
-	return netlab.HostSpec{
-		Name:    name,
-		Links:   []netlab.LinkSpec{{Switch: lanName}},
-		Routes:  []netlab.RouteSpec{{To: redisPrefix, Via: redisAddr}},
-		Sysctls: sysctls,
-	}
-}
-
-// instances are where the first n Redis instances listen.
-func instances(n int) []netip.AddrPort {
-	list := make([]netip.AddrPort, n)
-	for i := range list {
-		list[i] = netip.AddrPortFrom(instance(i), redisPort)
-	}
-	return list
 }
 
 // trails is a list of times as a parameter: "20ms,60ms".

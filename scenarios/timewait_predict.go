@@ -17,10 +17,11 @@ const (
 	metricTWServer     = "redis/sockstat.TCP.tw.Peak"
 	metricFinWait1     = "web/State.FIN_WAIT1.Mean"
 	metricFinWait2     = "web/State.FIN_WAIT2.Mean"
-	metricRSTsApart    = "web/RSTsWithoutOverflow"
+	metricRSTsApart    = "web/OutRstsMinusOverflow"
 	metricTraceApart   = "web/Trace.ResetsMissed"
-	metricTraceNoSock  = "web/Trace.Resets.NoSocket"
-	metricTraceStacked = "web/Trace.Resets.FromTcpV4Rcv"
+	metricTraceNoSock  = "web/Trace.Resets.NO_SOCKET"
+	metricTraceAnswers = "web/Trace.Resets.TcpV4SendReset"
+	metricTWFull       = "web/OverflowOrRecycled"
 )
 
 // traced begins the names of metrics that only the tracer has.
@@ -45,15 +46,19 @@ func (w *timeWait) Predict(role results.Role, rules KernelRules) []results.Predi
 // up.
 func remembered(rules KernelRules) time.Duration { return timeWaitLength + rules.TimeWaitRounding/2 }
 
-// taken is how long a bucket is taken on average: before TIME_WAIT it waits for a FIN
-// that trails.
+// taken is how long a bucket is taken at most: it waits for a FIN that trails, is in
+// TIME_WAIT for 60 s, and up to one granule of the timer wheel longer.
 func (l timeWaitLeg) taken(rules KernelRules) time.Duration {
-	return remembered(rules) + max(0, l.trail-rules.DelayedACK)
+	return max(0, l.trail-rules.DelayedACK) + timeWaitLength + rules.TimeWaitRounding
 }
 
 // overflow is how many closes of a leg find no bucket. Buckets fill at r; from
-// then on every close overflows until the first are free again, R after the
-// first close.
+// then on every close overflows, until buckets come free. They do so in lumps, a
+// granule G of the timer wheel apart. The first lump is due U after the first close's
+// 60 s are over, 0 < U ≤ G, and frees r·U; those are taken again within U, and
+// closes overflow for the rest of G. From the second lump on as many are freed as are
+// taken. So, whatever U is, closes overflow for as long as if all buckets were kept
+// for the longest time.
 func (w *timeWait) overflow(leg timeWaitLeg, rules KernelRules) float64 {
 	if w.Close != closeClient {
 		return 0
@@ -61,7 +66,14 @@ func (w *timeWait) overflow(leg timeWaitLeg, rules KernelRules) float64 {
 	if leg.lasts() <= timeWaitLength {
 		return max(0, float64(leg.closes-w.Buckets))
 	}
-	return max(0, leg.rate*min(leg.lasts(), leg.taken(rules)).Seconds()-float64(w.Buckets))
+	return max(0, leg.rate*leg.taken(rules).Seconds()-float64(w.Buckets))
+}
+
+func (w *timeWait) overflowFormula(leg timeWaitLeg) string {
+	if leg.lasts() <= timeWaitLength {
+		return "max(0, n − M)"
+	}
+	return "max(0, r·R − M)"
 }
 
 // resets is how many of its peers' FINs a leg answers with RST, or RSTs it sends
@@ -70,10 +82,17 @@ func (w *timeWait) resets(leg timeWaitLeg, rules KernelRules) float64 {
 	switch {
 	case w.Close == closeReset:
 		return float64(leg.closes)
-	case leg.trail <= rules.DelayedACK:
+	case leg.trail <= rules.DelayedACK || w.keepsSockets():
 		return 0
 	}
 	return w.overflow(leg, rules)
+}
+
+// keepsSockets says that an orphan waits in FIN_WAIT_2 as a whole socket: for as much
+// of tcp_fin_timeout as exceeds TIME_WAIT's 60 s (net/ipv4/tcp_input.c,
+// tcp_rcv_state_process). A bucket is only asked for when the FIN has come.
+func (w *timeWait) keepsSockets() bool {
+	return time.Duration(w.FinTimeout)*time.Second > timeWaitLength
 }
 
 func (w *timeWait) predictLeg(leg timeWaitLeg, rules KernelRules) []results.Prediction {
@@ -87,7 +106,8 @@ func (w *timeWait) predictLeg(leg timeWaitLeg, rules KernelRules) []results.Pred
 		claims = append(claims, claim(metric+leg.suffix, unit, formula, inputs, predicted, tol, note))
 	}
 	overflow, resets := w.overflow(leg, rules), w.resets(leg, rules)
-	add(metricClosed, "connections", "n", n, results.Exactly(), w.groups(leg))
+	counted := results.Exactly() // unless the wheel has a say
+	add(metricClosed, "closes", "n", n, results.Exactly(), "every connection is closed; "+w.groups(leg))
 	switch {
 	case w.Close == closeServer:
 		add(metricTWOverflow, "sockets", "0", 0, results.Exactly(), "the web server closes second, and has nothing to remember")
@@ -102,20 +122,29 @@ func (w *timeWait) predictLeg(leg timeWaitLeg, rules KernelRules) []results.Pred
 		add(metricTWPeak, "sockets", "0", 0, results.Exactly(), "TIME_WAITs of the web server")
 		add(metricOutRsts, "RSTs", "n", n, results.Exactly(), "one for every close")
 		return claims
+	case leg.lasts() <= timeWaitLength && w.Reuse == 1:
+		add(metricTWFull, "sockets", w.overflowFormula(leg), overflow, results.Exactly(), "closes that find every bucket taken, and buckets that a connection to the same place from the same port took over")
+		add(metricTWPeak, "sockets", "min(n, M)", min(n, m), results.Exactly(), "buckets in use, FIN_WAIT_2 included")
 	case leg.lasts() <= timeWaitLength:
-		add(metricTWOverflow, "sockets", "max(0, n − M)", overflow, results.Exactly(), "closes that find every bucket taken; none is free again within 60 s")
+		add(metricTWOverflow, "sockets", w.overflowFormula(leg), overflow, results.Exactly(), "closes that find every bucket taken; none is free again within 60 s")
 		add(metricTWPeak, "sockets", "min(n, M)", min(n, m), results.Exactly(), "buckets in use, FIN_WAIT_2 included")
 	default:
-		tolerance := results.Exactly()
 		if overflow > 0 {
-			tolerance = results.PlusMinus(math.Ceil(leg.rate*rules.TimeWaitRounding.Seconds()/2) + 3)
+			// The delayed ACK and the timer's tick: some milliseconds.
+			counted = results.PlusMinus(math.Ceil(leg.rate*0.02) + 2)
 		}
-		add(metricTWOverflow, "sockets", "max(0, r·min(T, R) − M)", overflow, tolerance,
-			fmt.Sprintf("R: the wait for the FIN, 60 s, and up to %v more, since the timer wheel ends them in lumps; at most one of which decides", rules.TimeWaitRounding))
+		add(metricTWOverflow, "sockets", w.overflowFormula(leg), overflow, counted,
+			fmt.Sprintf("R, how long a bucket is taken at most: the wait for the FIN, 60 s, and %v, since the timer wheel ends them in lumps", rules.TimeWaitRounding))
 	}
-	if leg.trail > rules.DelayedACK {
+	switch {
+	case w.keepsSockets():
+		add(metricOutRsts, "RSTs", "0", 0, results.Exactly(), "the FIN finds a whole socket, bucket or no bucket")
+	case leg.trail > rules.DelayedACK:
+		if w.Reuse != 1 {
+			add(metricOutRsts, "RSTs", w.overflowFormula(leg), resets, counted, "as many: the FIN that comes later finds no socket")
+		}
 		add(metricRSTsApart, "RSTs", "0", 0, results.Exactly(), "OutRsts − TCPTimeWaitOverflow: one RST for each close that overflowed")
-	} else {
+	default:
 		add(metricOutRsts, "RSTs", "0", 0, results.Exactly(), "the FIN came with the ACK: it met the socket")
 	}
 	if !w.oneLeg() {
@@ -124,19 +153,20 @@ func (w *timeWait) predictLeg(leg timeWaitLeg, rules KernelRules) []results.Pred
 	// The states are claimed where they stand still for long enough to be seen.
 	full := leg.lasts() - time.Duration(m/leg.rate*float64(time.Second))
 	switch {
-	case leg.trail < rules.DelayedACK+settled:
-	case n <= m && leg.lasts() > 2*leg.trail+watched:
-		add(metricFinWait2, "sockets", "r·(d − A)", leg.rate*(leg.trail-rules.DelayedACK).Seconds(), results.Within(0.1), "waiting for the FIN of Redis")
-		add(metricFinWait1, "sockets", "r·A", leg.rate*rules.DelayedACK.Seconds(), results.Within(0.25), "waiting for the ACK, which the other side delays")
+	case leg.trail < rules.DelayedACK+settled || leg.lasts() > timeWaitLength:
+	case (n <= m || w.keepsSockets()) && leg.lasts() > 2*leg.trail+watched:
+		add(metricFinWait2, "sockets", "r·(d − A)", leg.rate*(leg.trail-rules.DelayedACK).Seconds(), results.Within(0.1), "waiting for the FIN of Redis, which trails by d, the ACK by A")
+		add(metricFinWait1, "sockets", "r·A", leg.rate*rules.DelayedACK.Seconds(), results.Within(0.25), "waiting for the ACK, which the other side delays by A")
 	case n > m && full > 2*leg.trail+watched:
 		add(metricFinWait2, "sockets", "0", 0, results.Exactly(), "once the buckets are full FIN_WAIT_2 cannot be seen any more")
-		add(metricFinWait1, "sockets", "r·A", leg.rate*rules.DelayedACK.Seconds(), results.Within(0.25), "waiting for the ACK, which the other side delays")
+		add(metricFinWait1, "sockets", "r·A", leg.rate*rules.DelayedACK.Seconds(), results.Within(0.25), "waiting for the ACK, which the other side delays by A")
 	}
-	if resets > 0 {
+	if resets > 0 && leg.lasts() <= timeWaitLength {
 		add(metricTraceApart, "RSTs", "0", 0, results.Exactly(), "OutRsts − resets that the tracer saw")
-		add(metricTraceStacked, "RSTs", "n − M", resets, results.Exactly(), "sent by tcp_v4_send_reset ← tcp_v4_rcv")
+		add(metricTraceAnswers, "RSTs", "n − M", resets, results.Exactly(), "sent by tcp_v4_send_reset, in answer to a packet")
 		if rules.ResetReasons {
-			add(metricTraceNoSock, "RSTs", "n − M", resets, results.Exactly(), "for the reason NO_SOCKET")
+			add(metricTraceNoSock, "RSTs", "0.9·(n − M)", math.Ceil(0.9*resets), results.AtLeast(),
+				"by tcp_v4_rcv, for the reason NO_SOCKET: all, but for ports that are used again so soon that Redis still has the old connection and challenges the SYN")
 		}
 	}
 	return claims
@@ -153,7 +183,7 @@ const (
 // groups are the numbers without dimension that make two runs of different size
 // the same experiment.
 func (w *timeWait) groups(leg timeWaitLeg) string {
-	return fmt.Sprintf("groups: n/M = %.3f, 60·r/M = %.3f, (n/r)/60 s = %.3f, trail/40 ms = %.2f",
+	return fmt.Sprintf("without dimension, to compare with runs of other sizes: n/M = %.3f, 60·r/M = %.3f, (n/r)/60 s = %.3f, trail/40 ms = %.2f",
 		float64(leg.closes)/float64(w.Buckets), timeWaitLength.Seconds()*leg.rate/float64(w.Buckets),
 		leg.lasts().Seconds()/timeWaitLength.Seconds(), leg.trail.Seconds()/0.04)
 }

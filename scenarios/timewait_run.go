@@ -1,11 +1,11 @@
 package scenarios
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -41,17 +41,13 @@ var shownTimeWaitSysctls = []string{
 
 // Measure implements [Experiment].
 func (w *timeWait) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *results.Variant) (err error) {
-	want := serverConfig{backlog: 4096}
-	if w.Close == closeServer {
-		want.closeAfter = 1
-	}
 	if opt.server.kind != ServerMini && slices.ContainsFunc(w.legs(), func(l timeWaitLeg) bool { return l.trail > 0 }) {
 		return &netlab.NeedError{Need: needMini, Err: errors.New("redis-server closes as soon as it reads a FIN, and cannot be told to be late")}
 	}
 	r := &timeWaitRun{w: w, v: v, opt: opt, lab: lab}
 	webs := lab.Hosts()[1:]
 	v.Link = webs[0].LinkKind()
-	if r.target, err = opt.server.start(ctx, lab.Host("redis"), want, opt.Log); err != nil {
+	if r.target, err = opt.server.start(ctx, lab.Host("redis"), serverConfig{backlog: 4096}, opt.Log); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.target.stop()) }()
@@ -72,7 +68,11 @@ func (w *timeWait) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v 
 		return err
 	}
 	defer watch.Stop() //nolint:errcheck // as above
-	if err := r.drive(ctx); err != nil {
+	endCapture, err := r.capture()
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(r.drive(ctx), endCapture()); err != nil {
 		return err
 	}
 	timeline, err := watch.Stop()
@@ -89,6 +89,31 @@ func (w *timeWait) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v 
 		}
 	}
 	return r.fill(timeline, seen)
+}
+
+// captured is the largest load whose packets are captured, all of them.
+const captured = 10_000
+
+// capture records the packets at the web server, where somebody wants them and they
+// are not too many.
+func (r *timeWaitRun) capture() (end func() error, err error) {
+	if r.opt.Capture == nil || !r.w.oneLeg() || r.w.Closes > captured {
+		return func() error { return nil }, nil
+	}
+	var file bytes.Buffer
+	capture, err := observe.StartCapture(&file, observe.CaptureConfig{
+		Points: []observe.CapturePoint{{Host: r.lab.Hosts()[1]}}, Port: redisPort,
+		Comment: "connlab " + TimeWaitBuckets.Name + ", variant " + r.v.Name,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return func() error {
+		if _, err := capture.Stop(); err != nil {
+			return err
+		}
+		return r.opt.Capture(r.v.Name, file.Bytes())
+	}, nil
 }
 
 // oneLeg says that one web server has all of the load: its sockets are counted by
@@ -134,8 +159,8 @@ func (r *timeWaitRun) drive(ctx context.Context) error {
 
 // trail sets how long after a client's FIN the server closes.
 func (r *timeWaitRun) trail(d time.Duration) error {
-	if r.target.kind != ServerMini || r.w.Close == closeServer {
-		return nil // that server has closed the control connection, too
+	if r.target.kind != ServerMini {
+		return nil // it is never late, and was not asked to be
 	}
 	if _, err := r.target.control.Do("CONFIG", "SET", "close-delay", d.Milliseconds()); err != nil {
 		return fmt.Errorf("CONFIG SET close-delay: %w", err)
@@ -158,7 +183,7 @@ func (r *timeWaitRun) run(ctx context.Context, leg timeWaitLeg) (timeWaitDone, e
 	}
 	switch r.w.Close {
 	case closeServer:
-		cfg.Close = loadgen.Passive
+		cfg.Request, cfg.Close = quitRequest, loadgen.Passive
 	case closeReset:
 		cfg.Close = loadgen.Reset
 	}
@@ -168,12 +193,42 @@ func (r *timeWaitRun) run(ctx context.Context, leg timeWaitLeg) (timeWaitDone, e
 	})
 	defer stop()
 	d := timeWaitDone{timeWaitLeg: leg, began: time.Now()}
-	if d.report, err = loadgen.Run(ctx, cfg); err != nil {
+	lateness, err := r.lateness(ctx, leg)
+	if err != nil {
 		return d, err
 	}
+	d.report, err = loadgen.Run(ctx, cfg)
 	d.end = time.Now()
+	lateness()
+	if err != nil {
+		return d, err
+	}
 	return d, r.settle(ctx, host)
 }
+
+// lateness watches how late Redis is by itself, which adds to a trail that is to be
+// shorter than a delayed ACK, until the function that it returns is called.
+func (r *timeWaitRun) lateness(ctx context.Context, leg timeWaitLeg) (end func(), err error) {
+	ack := ReadKernelRules().DelayedACK
+	if r.w.Close != closeClient || leg.trail > ack {
+		return func() {}, nil
+	}
+	canary, err := startCanary(ctx, r.target.host, r.target.addr, time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		slowest := canary.stop()
+		r.metric("redis/Canary.Max"+leg.suffix, slowest.Seconds(), "s")
+		if leg.trail+slowest >= ack {
+			r.v.Void(fmt.Sprintf("the machine was too busy: Redis took %v to answer a PING, so that a trail of %v may have been longer than %v",
+				slowest.Round(time.Millisecond), leg.trail, ack))
+		}
+	}, nil
+}
+
+// quitRequest makes any Redis close first, after its reply.
+var quitRequest = []byte("*1\r\n$4\r\nQUIT\r\n")
 
 // settle waits until Redis has closed its end of every connection of a host.
 func (r *timeWaitRun) settle(ctx context.Context, web *netlab.Host) error {
@@ -219,9 +274,6 @@ func (r *timeWaitRun) fill(timeline *observe.Timeline, seen *observe.TraceReport
 	if err != nil {
 		return err
 	}
-	if r.w.Close == closeServer {
-		peak.Value-- // the control connection, which that server has closed as well
-	}
 	r.metric(metricTWServer, float64(peak.Value), "sockets")
 	if seen != nil {
 		if n := seen.Lost["tcp_send_reset"]; n > 0 {
@@ -232,19 +284,19 @@ func (r *timeWaitRun) fill(timeline *observe.Timeline, seen *observe.TraceReport
 	if !r.w.oneLeg() {
 		return nil
 	}
-	for _, name := range []string{"sockstat.TCP.tw", "State." + observe.FinWait2.String(), "Tcp.OutRsts"} {
+	for _, name := range []string{"sockstat.TCP.tw", "State." + observe.FinWait1.String(), "State." + observe.FinWait2.String(), "Tcp.OutRsts"} {
 		points, err := timeline.Series(name, r.done[0].host)
 		if err != nil {
 			return err
 		}
-		r.v.Series = append(r.v.Series, seriesOf(name, points))
+		r.v.Series = append(r.v.Series, seriesOf("web", name, points))
 	}
 	return nil
 }
 
 // slowest is the part of the rate asked for that a web server must keep up: what
 // is claimed of the states of its sockets has room for that.
-const slowest = 0.85
+const slowest = 0.92
 
 // fillLeg records one leg and returns how many RSTs its host sent.
 func (r *timeWaitRun) fillLeg(d timeWaitDone, timeline *observe.Timeline, seen *observe.TraceReport) (resets float64, err error) {
@@ -252,7 +304,7 @@ func (r *timeWaitRun) fillLeg(d timeWaitDone, timeline *observe.Timeline, seen *
 		return 0, err
 	}
 	metric := func(name string, value float64, unit string) { r.metric(name+d.suffix, value, unit) }
-	metric(metricClosed, float64(d.report.OK), "connections")
+	metric(metricClosed, float64(d.report.OK), "closes")
 	for class, n := range d.report.Failed {
 		metric("web/Failed."+string(class), float64(n), "connections")
 	}
@@ -277,6 +329,7 @@ func (r *timeWaitRun) fillLeg(d timeWaitDone, timeline *observe.Timeline, seen *
 	metric(metricTWOverflow, overflow, "sockets")
 	metric(metricOutRsts, resets, "RSTs")
 	metric(metricRSTsApart, resets-overflow, "RSTs")
+	metric(metricTWFull, overflow+float64(deltas["TcpExt.TWRecycled"]), "sockets")
 	peak, err := timeline.Peak("sockstat.TCP.tw", d.host)
 	if err != nil {
 		return 0, err
@@ -291,8 +344,9 @@ func (r *timeWaitRun) fillLeg(d timeWaitDone, timeline *observe.Timeline, seen *
 		return resets, nil
 	}
 	metric(metricTraceApart, resets-float64(seen.Sum("tcp_send_reset", d.host, "")), "RSTs")
-	metric(metricTraceNoSock, float64(seen.Sum("tcp_send_reset", d.host, "NO_SOCKET")), "RSTs")
-	metric(metricTraceStacked, float64(throughReceive(seen, d.host)), "RSTs")
+	noSocket, answers := answeredResets(seen, d.host)
+	metric(metricTraceNoSock, float64(noSocket), "RSTs")
+	metric(metricTraceAnswers, float64(answers), "RSTs")
 	for _, stay := range seen.Stays {
 		if stay.Host == d.host && (stay.State == observe.FinWait1 || stay.State == observe.FinWait2) && stay.Count > 0 {
 			metric(fmt.Sprintf("web/Trace.Stay.%v-%v.Mean", stay.State, stay.Next), (stay.Total / time.Duration(stay.Count)).Seconds(), "s")
@@ -306,7 +360,7 @@ func (r *timeWaitRun) fillLeg(d timeWaitDone, timeline *observe.Timeline, seen *
 // buckets fill, all are in use.
 func (r *timeWaitRun) fillStates(d timeWaitDone, timeline *observe.Timeline, metric func(string, float64, string)) error {
 	from := d.began.Add(2*d.trail + r.w.walkEvery())
-	if d.closes > r.w.Buckets && r.w.Close == closeClient {
+	if d.closes > r.w.Buckets && r.w.Close == closeClient && !r.w.keepsSockets() {
 		waiting, err := timeline.Series("sockstat.TCP.tw", d.host)
 		if err != nil {
 			return err
@@ -337,41 +391,4 @@ func (r *timeWaitRun) fillStates(d timeWaitDone, timeline *observe.Timeline, met
 		}
 	}
 	return nil
-}
-
-// every calls f at an interval until stop is called.
-func every(interval time.Duration, f func()) (stop func()) {
-	done, out := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(out)
-		tick := time.NewTicker(interval)
-		defer tick.Stop()
-		for {
-			select {
-			case <-done:
-				return
-			case <-tick.C:
-				f()
-			}
-		}
-	}()
-	return func() {
-		close(done)
-		<-out
-	}
-}
-
-func seriesOf(name string, points []observe.Point) results.Series {
-	list := make([]results.Point, len(points))
-	for i, p := range points {
-		list[i] = results.Point{T: p.At.Seconds(), V: float64(p.Value)}
-	}
-	return results.NewSeries(strings.TrimPrefix(name, "sockstat.TCP."), unitOfGauge(name), list)
-}
-
-func unitOfGauge(name string) string {
-	if isCounter(name) {
-		return unitOf(name)
-	}
-	return "sockets"
 }

@@ -19,7 +19,7 @@ import (
 // The load of BenchmarkLoaderBesideTrace: pairs of bursts, one with the trace and one
 // without. Each burst leaves its TIME_WAITs on the clients, which have ports for all.
 const (
-	tracePairs   = 150
+	tracePairs   = 400
 	traceWarm    = 300 // before each burst, and not measured
 	traceBurst   = 700
 	traceClients = 40
@@ -28,7 +28,7 @@ const (
 
 // BenchmarkLoaderBesideTrace compares the loader's throughput, connections opened, one
 // PING each and closed, with both ends traced and without a trace. It fails where the
-// loss is above 5 % beyond doubt.
+// loss is above 5 %.
 //
 // A burst is a fixed amount of work that keeps both CPUs busy to its end, so that what
 // the trace takes shows in its duration. Bursts with and without take turns, now one
@@ -56,9 +56,8 @@ func BenchmarkLoaderBesideTrace(b *testing.B) {
 		b.ReportMetric(median, "ratio")
 		b.ReportMetric(ratios[low], "ratio-low")
 		b.ReportMetric(ratios[high], "ratio-high")
-		if ratios[high] < 1-mostLoss {
-			b.Errorf("the trace costs %.1f %% of the throughput, and at least %.1f %%; want at most %.0f %%",
-				100*(1-median), 100*(1-ratios[high]), 100*mostLoss)
+		if median < 1-mostLoss {
+			b.Errorf("the trace costs %.1f %% of the throughput; want at most %.0f %%", 100*(1-median), 100*mostLoss)
 		}
 	}
 }

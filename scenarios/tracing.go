@@ -13,7 +13,11 @@ import (
 
 // tracing is the kernel's tracepoints while an arm runs; nil where they cannot be
 // had.
-type tracing struct{ trace *observe.Trace }
+type tracing struct {
+	trace *observe.Trace
+	v     *results.Variant
+	told  bool // what this kernel does not show
+}
 
 // startTrace traces the hosts. Where the kernel or the privilege lacks what that
 // takes, the record says so, what only the tracer can tell is not claimed, and the
@@ -22,14 +26,19 @@ func startTrace(hosts []*netlab.Host, v *results.Variant) (*tracing, error) {
 	trace, err := observe.StartTrace(observe.TraceConfig{Hosts: hosts})
 	var need *netlab.NeedError
 	if errors.As(err, &need) {
-		v.Warnings = append(v.Warnings, "no tracepoints, so neither reasons nor stacks of resets: "+need.Error())
-		v.Predictions = slices.DeleteFunc(v.Predictions, func(p results.Prediction) bool { return strings.HasPrefix(p.Metric, traced) })
+		withoutTrace(v, need.Error())
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &tracing{trace}, nil
+	return &tracing{trace: trace, v: v}, nil
+}
+
+// withoutTrace takes back what only the tracer can tell.
+func withoutTrace(v *results.Variant, why string) {
+	v.Warnings = append(v.Warnings, "reasons and stacks of resets are not claimed: "+why)
+	v.Predictions = slices.DeleteFunc(v.Predictions, func(p results.Prediction) bool { return strings.HasPrefix(p.Metric, traced) })
 }
 
 // stop ends it and returns what was seen, nil where nothing was looked at. It may
@@ -38,22 +47,31 @@ func (t *tracing) stop() (*observe.TraceReport, error) {
 	if t == nil {
 		return nil, nil
 	}
-	return t.trace.Stop()
+	seen, err := t.trace.Stop()
+	if err == nil && len(seen.Warnings) > 0 && !t.told {
+		t.told = true
+		withoutTrace(t.v, strings.Join(seen.Warnings, "; "))
+	}
+	return seen, err
 }
 
-// throughReceive counts a host's resets that tcp_v4_rcv sent, by tcp_v4_send_reset,
-// as a packet came in.
-func throughReceive(seen *observe.TraceReport, host string) (n int64) {
+// answeredResets counts a host's resets that tcp_v4_send_reset sent in answer to a
+// packet, and those among them for which tcp_v4_rcv had found no socket.
+func answeredResets(seen *observe.TraceReport, host string) (noSocket, answers int64) {
 	for _, c := range seen.Counts {
 		if c.Event != "tcp_send_reset" || c.Host != host {
 			continue
 		}
 		send := slices.Index(c.Stack, "tcp_v4_send_reset")
-		if send >= 0 && send+1 < len(c.Stack) && c.Stack[send+1] == "tcp_v4_rcv" {
-			n += c.Count
+		if send < 0 {
+			continue
+		}
+		answers += c.Count
+		if c.Reason == "NO_SOCKET" && send+1 < len(c.Stack) && c.Stack[send+1] == "tcp_v4_rcv" {
+			noSocket += c.Count
 		}
 	}
-	return n
+	return noSocket, answers
 }
 
 // stacks spells the commonest stacks of an event, innermost function first.
@@ -62,7 +80,12 @@ func stacks(seen *observe.TraceReport, event string) []string {
 	counts := map[path]int64{}
 	for _, c := range seen.Counts {
 		if c.Event == event {
-			counts[path{c.Reason, strings.Join(c.Stack, " ← ")}] += c.Count
+			stack := c.Stack
+			// Below is how the packet came in, which differs and tells nothing.
+			if i := slices.Index(stack, "ip_local_deliver_finish"); i >= 0 {
+				stack = stack[:i+1]
+			}
+			counts[path{c.Reason, strings.Join(stack, " ← ")}] += c.Count
 		}
 	}
 	var paths []path

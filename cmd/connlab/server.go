@@ -17,9 +17,11 @@ func newServer() *cobra.Command {
 use. Its backlog is given to listen(2) as it is, and its event loop can be made to
 stand still, outside any command, while clients connect:
 
-  redis-cli CONNLAB STALL 1430        a stall of 1.43 s in the next cron run
-  redis-cli CONNLAB HELP              the other faults
-  redis-cli INFO connlab              when it last stalled, and for how long`,
+  redis-cli CONNLAB STALL 1430           a stall of 1.43 s in the next cron run
+  redis-cli CONFIG SET close-delay 200   its FIN trails each client's by 200 ms
+  redis-cli CONFIG SET close-after 1     it closes first, after one reply
+  redis-cli CONNLAB HELP                 the other faults
+  redis-cli INFO connlab                 when it last stalled, and for how long`,
 		Example: `  connlab server --addr 127.0.0.1:7000 --backlog 511`,
 		// The server package reads its own flags, so that any program can be it.
 		DisableFlagParsing: true,

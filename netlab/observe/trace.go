@@ -207,7 +207,8 @@ func layoutNeed(err error) error {
 	if errors.Is(err, btf.ErrNotSupported) || errors.Is(err, fs.ErrNotExist) {
 		return &netlab.NeedError{Need: netlab.NeedBTF, Err: fmt.Errorf("%w: %w", netlab.ErrUnsupported, err)}
 	}
-	return err
+	// A kernel whose structures or tracepoints are others than those known here.
+	return &netlab.NeedError{Need: netlab.NeedTracepoints, Err: err}
 }
 
 // bpfNeed tells a lack of privilege, as root of a user namespace has it, and a kernel
