@@ -212,18 +212,17 @@ func (r *mixedPoolRun) ends(c pool.Call) {
 // lumpLimit is by how much one call in a hundred may be late. A pause of the
 // generator makes a lump of calls that are due at once: they overlap, and what
 // follows from one call after the other does not hold.
-const lumpLimit = 25 * time.Millisecond
+const lumpLimit = 50 * time.Millisecond
 
 // clientListEvery is how often CLIENT LIST is looked at.
 const clientListEvery = 500 * time.Millisecond
 
 // clientAges is what CLIENT LIST told, over the whole run.
 type clientAges struct {
-	oldest  time.Duration
-	looks   int
-	clients int // of all looks
-	sum     time.Duration
-	coarse  bool // the server tells whole seconds only
+	all    []time.Duration // of all looks, a connection as often as it was seen
+	oldest time.Duration
+	looks  int
+	coarse bool // the server tells whole seconds only
 }
 
 // clientField finds what is wanted in a line of CLIENT LIST: whole seconds, or the
@@ -274,8 +273,7 @@ func (r *mixedPoolRun) lookOnce() error {
 			continue
 		}
 		r.ages.coarse = r.ages.coarse || !fine
-		r.ages.clients++
-		r.ages.sum += age
+		r.ages.all = append(r.ages.all, age)
 		r.ages.oldest = max(r.ages.oldest, age)
 	}
 	return nil
@@ -332,12 +330,17 @@ func (r *mixedPoolRun) fill(timeline *observe.Timeline) error {
 		r.metric(metricUsedOften, float64(r.usedOften), "connections")
 	}
 	r.metric(metricAgeMax, r.ages.oldest.Seconds(), "s")
-	if r.ages.clients > 0 {
-		r.metric(metricAgeMean, r.ages.sum.Seconds()/float64(r.ages.clients), "s")
+	if n := len(r.ages.all); n > 0 {
+		slices.Sort(r.ages.all)
+		median := r.ages.all[n/2]
+		if !r.ages.coarse {
+			median += time.Millisecond / 2 // the server rounds down
+		}
+		r.metric(metricAgeMedian, median.Seconds(), "s")
 	}
-	of := func(p results.Prediction) bool { return p.Metric == metricAgeMean }
+	of := func(p results.Prediction) bool { return p.Metric == metricAgeMedian }
 	if r.ages.coarse && slices.ContainsFunc(r.v.Predictions, of) {
-		r.v.Warnings = append(r.v.Warnings, "this server tells ages in whole seconds: their mean is not claimed")
+		r.v.Warnings = append(r.v.Warnings, "this server tells ages in whole seconds: their median is not claimed")
 		r.v.Predictions = slices.DeleteFunc(r.v.Predictions, of)
 	}
 	r.metric("redis/ClientList.Looks", float64(r.ages.looks), "looks")
