@@ -21,7 +21,6 @@ const (
 	metricTWSteady     = "web/sockstat.TCP.tw.Steady"
 	metricConnsPeak    = "redis/Connections.Peak"
 	metricAgeMax       = "redis/ClientList.Age.Max"
-	metricAgeMedian    = "redis/ClientList.Age.Median"
 	metricUsedOften    = "clients/Connections.UsedOften"
 )
 
@@ -145,10 +144,6 @@ func (m *mixedPool) predictAge(inputs map[string]float64) []results.Prediction {
 			inputs["u"] = u
 			claims = append(claims, claim(metricUsedOften, "connections", "nₛ·(nₗ/(nₛ+nₗ))^u", inputs, closes*math.Pow(1-m.dialShare(), u), results.Binomial(int(closes), testLevel),
 				"connections that had more than u uses, u the mean rounded up: whoever is given one closes it with the same probability, so that uses are geometric"))
-		}
-		if m.For >= timeWaitLength { // looks enough
-			claims = append(claims, claim(metricAgeMedian, "s", "N/s·ln2", inputs, n/m.Short*math.Ln2, results.Within(0.2),
-				"the median age in CLIENT LIST: exponential while calls do not overlap, which here one in twenty does"))
 		}
 		return claims
 	case m.PerRequest || m.Keep == 0:
