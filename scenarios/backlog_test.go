@@ -82,13 +82,7 @@ func TestBacklogCheck(t *testing.T) {
 		{"a first volley that overflows by itself", "volley-1=600 volley-2=10 delay=20ms stall=2s", "volley-1=600 must fit the accept queue of 512 places"},
 		{"a second volley that cookies answer", "volley-1=10 volley-2=600 delay=20ms stall=2s", "volley-2=600 must fit the SYN queue of 512 places"},
 	} {
-		t.Run(tt.why, func(t *testing.T) {
-			e := Backlog.New()
-			require.NoError(t, apply(e, strings.Fields(tt.set)))
-			err := e.Check()
-			require.Error(t, err)
-			assert.Contains(t, err.Error(), tt.want)
-		})
+		t.Run(tt.why, func(t *testing.T) { refuses(t, &Backlog, tt.set, tt.want) })
 	}
 	for _, v := range Backlog.Variants {
 		e := Backlog.New()

@@ -172,13 +172,7 @@ func TestTupleCollisionCheck(t *testing.T) {
 		{"more connections than a Redis serves", "vips=2000 parallel=5", "10000 connections would be open at once"},
 		{"more detectors than ports", "sweep=1x200,2x200,3x200,4x200,5x200", "a detector for each round makes 1000"},
 	} {
-		t.Run(tt.why, func(t *testing.T) {
-			e := TupleCollision.New()
-			require.NoError(t, apply(e, strings.Fields(tt.set)))
-			err := e.Check()
-			require.Error(t, err)
-			assert.Contains(t, err.Error(), tt.want)
-		})
+		t.Run(tt.why, func(t *testing.T) { refuses(t, &TupleCollision, tt.set, tt.want) })
 	}
 	for _, set := range []string{"port-range=1-2", "port-range=5000", "port-range=6000-5000", "port-range=60000-70000", "sweep=a", "sweep=100", "sweep=100x", "sweep=100x2,100x3"} {
 		require.Error(t, apply(TupleCollision.New(), []string{set}), set)

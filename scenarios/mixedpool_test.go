@@ -1,11 +1,9 @@
 package scenarios
 
 import (
-	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
-	"github.com/stretchr/testify/require"
 
 	"connlab/results"
 )
@@ -80,13 +78,7 @@ func TestMixedPoolCheck(t *testing.T) {
 		{"too many buckets", "short=5000 keep=0 for=70s instances=64", "the web server has 262144 buckets"},
 		{"too few ports", "short=5000 keep=5000 for=60s instances=1", "set more instances"},
 	} {
-		t.Run(tt.why, func(t *testing.T) {
-			e := MixedPool.New()
-			require.NoError(t, apply(e, strings.Fields(tt.set)))
-			err := e.Check()
-			require.Error(t, err)
-			assert.Contains(t, err.Error(), tt.want)
-		})
+		t.Run(tt.why, func(t *testing.T) { refuses(t, &MixedPool, tt.set, tt.want) })
 	}
 	checkVariants(t, &MixedPool)
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -103,6 +104,14 @@ func checkGolden(t *testing.T, rec *results.Record) {
 	golden, err := results.Load("../results/golden/" + rec.Incident + ".json")
 	require.NoError(t, err)
 	assert.Empty(t, results.CheckGolden(golden, rec))
+}
+
+// refuses wants a scenario to say what is wrong with some settings.
+func refuses(t *testing.T, s *Scenario, settings, want string) {
+	t.Helper()
+	e := s.New()
+	require.NoError(t, apply(e, strings.Fields(settings)))
+	assert.ErrorContains(t, e.Check(), want)
 }
 
 func find(t *testing.T, rec *results.Record, name string) results.Variant {

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/assert"
-	"github.com/stretchr/testify/require"
 
 	"connlab/results"
 )
@@ -105,13 +104,7 @@ func TestTimeWaitBucketsCheck(t *testing.T) {
 		{"more open than Redis takes", "trails=1s rate=15000", "Redis takes 10000"},
 		{"beyond the first period", "buckets=100 rate=10 closes=1100", "the story repeats itself"},
 	} {
-		t.Run(tt.why, func(t *testing.T) {
-			e := TimeWaitBuckets.New()
-			require.NoError(t, apply(e, strings.Fields(tt.set)))
-			err := e.Check()
-			require.Error(t, err)
-			assert.Contains(t, err.Error(), tt.want)
-		})
+		t.Run(tt.why, func(t *testing.T) { refuses(t, &TimeWaitBuckets, tt.set, tt.want) })
 	}
 	for _, bad := range []string{"trails=20ms,20ms", "trails=soon", "loads=1,,2", "loads=" + strings.Repeat("1,", 30)} {
 		assert.Error(t, apply(TimeWaitBuckets.New(), []string{bad}), bad)
