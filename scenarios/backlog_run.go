@@ -109,10 +109,8 @@ func (b *backlog) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *
 	if err != nil {
 		return err
 	}
-	if opt.Timeline != nil {
-		if err := opt.Timeline(v.Name, timeline.WriteCSV); err != nil {
-			return err
-		}
+	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+		return err
 	}
 	clientsAfter, err := observe.ReadCounters(clients...)
 	if err != nil {

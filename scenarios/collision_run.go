@@ -95,10 +95,8 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if err != nil {
 		return err
 	}
-	if opt.Timeline != nil {
-		if err := opt.Timeline(v.Name, timeline.WriteCSV); err != nil {
-			return err
-		}
+	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+		return err
 	}
 	if c.Path == pathKernelNAT {
 		moved, err := movedPorts(lab.Host("balancer"))

@@ -82,10 +82,8 @@ func (m *mixedPool) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if err != nil {
 		return err
 	}
-	if opt.Timeline != nil {
-		if err := opt.Timeline(v.Name, timeline.WriteCSV); err != nil {
-			return err
-		}
+	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+		return err
 	}
 	return r.fill(timeline)
 }
@@ -103,7 +101,7 @@ func (r *mixedPoolRun) caller(ctx context.Context, lab *netlab.Lab) (call func(c
 func (r *mixedPoolRun) nginxCaller(ctx context.Context, lab *netlab.Lab) (call func(context.Context) error, end func() error, err error) {
 	m := r.m
 	proc, err := startNginx(ctx, r.web, nginxConfig{
-		Servers: instances(m.Instances), Workers: m.Workers, Library: m.Pool == poolResty,
+		Servers: instances(m.Instances), Workers: m.Workers, Resty: m.Pool == poolResty,
 		SeparatePools: m.Separate, NoCodeCache: m.PerRequest, PoolSize: m.Size, Keepalive: m.Idle,
 	}, r.opt.Log)
 	if err != nil {

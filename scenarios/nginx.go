@@ -22,9 +22,9 @@ const nginxPort = 80
 type nginxConfig struct {
 	Servers []netip.AddrPort // a call goes to any of them, each as likely
 	Workers int              // processes, each with pools of its own
-	// Library makes the calls through lua-resty-redis; otherwise they are made by a
-	// script on the module's cosockets, which the library is built on.
-	Library bool
+	// Resty makes the calls through lua-resty-redis; otherwise they are made by a
+	// script on the module's cosockets, which lua-resty-redis is built on.
+	Resty bool
 	// SeparatePools gives the calls that close a pool of their own name. It stays
 	// empty, so they always dial.
 	SeparatePools bool
@@ -94,7 +94,7 @@ http {
 {{if and $.SeparatePools (eq $kind "close")}}        options.pool = "close " .. host .. ":" .. port
 {{end}}        local what, times = "none", 0
         local function call()
-{{if $.Library}}          local conn = require("{{$.Library}}"):new()
+{{if $.Resty}}          local conn = require("{{$.Resty}}"):new()
           conn:set_timeout({{$.Timeout}})
           local ok, err = conn:connect(host, port, options)
           if not ok then return "connect: " .. err end
@@ -132,14 +132,14 @@ http {
 }
 `))
 
-// text is the configuration for an nginx with these modules. Library is the name by
+// text is the configuration for an nginx with these modules. Resty is the name by
 // which Lua knows lua-resty-redis; "" is a script of our own.
-func (c nginxConfig) text(modules []string, library string) (string, error) {
+func (c nginxConfig) text(modules []string, resty string) (string, error) {
 	var b strings.Builder
 	err := nginxText.Execute(&b, map[string]any{
 		"Workers": c.Workers, "Modules": modules, "NoCodeCache": c.NoCodeCache, "Port": nginxPort,
 		"Kinds": []string{keepCall, closeCall}, "Servers": c.Servers, "SeparatePools": c.SeparatePools,
-		"Library": library, "Timeout": callTimeout.Milliseconds(),
+		"Resty": resty, "Timeout": callTimeout.Milliseconds(),
 		"Keepalive": cmp.Or(c.Keepalive, time.Minute).Milliseconds(), "PoolSize": cmp.Or(c.PoolSize, 30),
 	})
 	return b.String(), err
@@ -154,13 +154,13 @@ func startNginx(ctx context.Context, host *netlab.Host, cfg nginxConfig, log io.
 	if err != nil {
 		return nil, err
 	}
-	var library string
-	if cfg.Library {
-		if _, library, err = netlab.LookRestyRedis(); err != nil {
+	var resty string
+	if cfg.Resty {
+		if _, resty, err = netlab.LookRestyRedis(); err != nil {
 			return nil, err
 		}
 	}
-	text, err := cfg.text(nginx.Modules, library)
+	text, err := cfg.text(nginx.Modules, resty)
 	if err != nil {
 		return nil, fmt.Errorf("nginx: %w", err)
 	}

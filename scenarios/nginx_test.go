@@ -26,11 +26,11 @@ func TestNginxText(t *testing.T) {
 	servers := []netip.AddrPort{netip.MustParseAddrPort("10.3.0.1:6379"), netip.MustParseAddrPort("10.3.0.2:6379")}
 	modules := []string{"/m/one.so", "/m/two.so"}
 	for _, row := range []struct {
-		reason  string
-		cfg     nginxConfig
-		library string
-		has     []string
-		hasNot  []string
+		reason string
+		cfg    nginxConfig
+		resty  string
+		has    []string
+		hasNot []string
 	}{
 		{"nginx's defaults", nginxConfig{Servers: servers, Workers: 2}, "",
 			[]string{"worker_processes 2;", "load_module /m/one.so;\nload_module /m/two.so;\n", "lua_code_cache on;",
@@ -41,7 +41,7 @@ func TestNginxText(t *testing.T) {
 				`options.pool = "close " .. host .. ":" .. port`},
 			[]string{"ngx.socket"}},
 	} {
-		text, err := row.cfg.text(modules, row.library)
+		text, err := row.cfg.text(modules, row.resty)
 		require.NoError(t, err, row.reason)
 		for _, s := range row.has {
 			assert.Contains(t, text, s, row.reason)
@@ -220,13 +220,13 @@ func TestNginx(t *testing.T) {
 		{"mixed", nginxConfig{Workers: 1}, 1, mixed, true, checkMixed},
 		{"mixed, two workers", nginxConfig{Workers: 2}, 1, mixed, true, checkMixed},
 		{"mixed, two servers", nginxConfig{Workers: 1}, 2, mixed, true, checkMixed},
-		{"mixed, by the library", nginxConfig{Workers: 1, Library: true}, 1, mixed, true, checkMixed},
+		{"mixed, by the library", nginxConfig{Workers: 1, Resty: true}, 1, mixed, true, checkMixed},
 		{"separate pools", nginxConfig{Workers: 2, SeparatePools: true}, 1, mixed, false, checkSeparate},
-		{"separate pools, by the library, two servers", nginxConfig{Workers: 2, SeparatePools: true, Library: true}, 2, mixed, false, checkSeparate},
+		{"separate pools, by the library, two servers", nginxConfig{Workers: 2, SeparatePools: true, Resty: true}, 2, mixed, false, checkSeparate},
 		{"only keep", nginxConfig{Workers: 2}, 1, calls(600, 0, time.Second), false, checkSeparate},
 		{"only close", nginxConfig{Workers: 2}, 1, calls(0, 200, time.Second), false, checkAllDial},
 		{"no code cache", nginxConfig{Workers: 2, NoCodeCache: true}, 1, calls(60, 20, 2*time.Second), false, checkAllDial},
-		{"no code cache, by the library", nginxConfig{Workers: 1, NoCodeCache: true, Library: true}, 1, calls(30, 10, 2*time.Second), false, checkAllDial},
+		{"no code cache, by the library", nginxConfig{Workers: 1, NoCodeCache: true, Resty: true}, 1, calls(30, 10, 2*time.Second), false, checkAllDial},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			// No pool is ever full: what it closes by itself is no call's.

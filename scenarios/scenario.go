@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"connlab/netlab"
+	"connlab/netlab/observe"
 	"connlab/results"
 )
 
@@ -119,6 +120,14 @@ func (o Options) progress(format string, args ...any) {
 	if o.Progress != nil {
 		o.Progress(fmt.Sprintf(format, args...))
 	}
+}
+
+// giveTimeline hands an arm's timeline to who wants it.
+func (o Options) giveTimeline(variant string, t *observe.Timeline) error {
+	if o.Timeline == nil {
+		return nil
+	}
+	return o.Timeline(variant, t.WriteCSV)
 }
 
 // Run runs the arms of a scenario, one after the other, and judges them. Before

@@ -83,10 +83,8 @@ func (w *timeWait) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v 
 	if err != nil {
 		return err
 	}
-	if opt.Timeline != nil {
-		if err := opt.Timeline(v.Name, timeline.WriteCSV); err != nil {
-			return err
-		}
+	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+		return err
 	}
 	return r.fill(timeline, seen)
 }
