@@ -47,6 +47,8 @@ type client struct {
 	wantWrite       bool // waits for EPOLLOUT
 	closeAfterReply bool
 	doomed          bool // is in Server.doomed; must not be served any more
+
+	held holdQueue
 }
 
 // keepBuffer is the capacity up to which a client's buffers stay allocated when they are empty.
@@ -88,9 +90,15 @@ func (c *client) compact() {
 	}
 }
 
+// unsent returns the bytes of replies that the socket has not taken, those that are held included.
+func (c *client) unsent() int { return len(c.out) - c.written }
+
+// sendable returns the replies that the socket may have now.
+func (c *client) sendable() []byte { return c.out[c.written : len(c.out)-c.held.bytes] }
+
 // memory returns the bytes of the client's buffers.
 func (c *client) memory() int64 {
-	return int64(cap(c.in) + cap(c.out) + c.parser.Memory() + len(c.name) + len(c.libName) + len(c.libVersion) + clientSize)
+	return int64(cap(c.in) + cap(c.out) + cap(c.held.holds)*holdSize + c.parser.Memory() + len(c.name) + len(c.libName) + len(c.libVersion) + clientSize)
 }
 
 // clientSize is about what a client takes without its buffers.
@@ -150,7 +158,7 @@ func (s *Server) describe(b *strings.Builder, c *client) {
 		events += "w"
 	}
 	age, idle := s.clock.now-c.created, s.clock.now-c.lastSeen
-	unsent := len(c.out) - c.written
+	unsent := c.unsent()
 	fmt.Fprintf(b, "id=%d addr=%s laddr=%s fd=%d name=%s age=%d idle=%d flags=%s db=%d sub=0 psub=0 ssub=0 multi=-1 qbuf=%d qbuf-free=%d argv-mem=0 multi-mem=0 rbs=%d rbp=%d obl=%d oll=0 omem=%d tot-mem=%d events=%s cmd=%s user=default redir=-1 resp=%d lib-name=%s lib-ver=%s tot-cmds=%d age-ms=%d idle-ms=%d fin-ms=%d",
 		c.id, c.addr, s.localAddr(c), c.fd, c.name, age/time.Second, idle/time.Second, flags, c.db, len(c.in), cap(c.in)-len(c.in), cap(c.out), cap(c.out), unsent, unsent, c.memory(), events, cmd, c.proto, c.libName, c.libVersion, c.requests, age.Milliseconds(), idle.Milliseconds(), fin)
 }
@@ -167,7 +175,7 @@ func (s *Server) bulk(c *client, b []byte) {
 
 // overOutputLimit reports whether more bytes of replies would be too many.
 func (s *Server) overOutputLimit(c *client, more int) bool {
-	return !c.doomed && len(c.out)-c.written+more > s.cfg.OutputBufferLimit
+	return !c.doomed && c.unsent()+more > s.cfg.OutputBufferLimit
 }
 
 func (c *client) ok()           { c.out = append(c.out, "+OK\r\n"...) }

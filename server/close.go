@@ -22,6 +22,7 @@ func (s *Server) doom(c *client, by closer) {
 	}
 	c.doomed = true
 	s.doomed = append(s.doomed, c)
+	s.forget(c)
 	if c.leaving != nil {
 		s.leaving.Remove(c.leaving)
 		c.leaving = nil

@@ -66,7 +66,7 @@ func infoServer(s *Server, b *strings.Builder) {
 func infoClients(s *Server, b *strings.Builder) {
 	maxIn, maxOut := 0, 0
 	for _, c := range s.clients {
-		maxIn, maxOut = max(maxIn, len(c.in)), max(maxOut, len(c.out)-c.written)
+		maxIn, maxOut = max(maxIn, len(c.in)), max(maxOut, c.unsent())
 	}
 	field(b, "connected_clients", len(s.clients))
 	field(b, "maxclients", s.cfg.MaxClients)
@@ -155,6 +155,11 @@ func infoKeyspace(s *Server, b *strings.Builder) {
 // counted once, by who ended it: the client by FIN, an error or the client's RST, the server; those rejected because there
 // were too many are in none. closes_delayed is the number of connections that wait for theirs now (CloseDelay). Times are Unix microseconds of the system's
 // clock, 0 if there was no stall yet.
+//
+// requests_total counts requests as MaxRequestRate does; request_wait_us_total and _max are their time until they were
+// served at that rate, their own 1/MaxRequestRate included. held_replies are kept back now, each to one read;
+// release_late_us_total and _max are how long after their time those in releases_total were let go. A request's mean time
+// in the server is ServiceTime + request_wait_us_total/requests_total + release_late_us_total/releases_total.
 func infoConnlab(s *Server, b *strings.Builder) {
 	micro := func(t time.Time) int64 {
 		if t.IsZero() {
@@ -184,4 +189,11 @@ func infoConnlab(s *Server, b *strings.Builder) {
 	field(b, "stalled_us", s.stall.totalLength.Microseconds())
 	field(b, "last_stall_start_us", micro(s.stall.start))
 	field(b, "last_stall_end_us", micro(s.stall.end))
+	field(b, "requests_total", s.stats.requests)
+	field(b, "request_wait_us_total", s.stats.requestWait.Microseconds())
+	field(b, "request_wait_us_max", s.stats.requestWaitMax.Microseconds())
+	field(b, "held_replies", s.heldReplies)
+	field(b, "releases_total", s.stats.releases)
+	field(b, "release_late_us_total", s.stats.releaseLate.Microseconds())
+	field(b, "release_late_us_max", s.stats.releaseLateMax.Microseconds())
 }

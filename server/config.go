@@ -40,6 +40,16 @@ type Config struct {
 	// served; bytes of it that were not even read make the kernel send RST instead of FIN (net/ipv4/tcp.c, __tcp_close).
 	CloseAfter int
 
+	// ServiceTime is the time from a request to its reply beyond what the server needs for it, in microseconds up to a
+	// minute; changeable, for requests to come. It is a delay and no occupation: requests do not wait for one another, and the
+	// loop serves others meanwhile.
+	ServiceTime time.Duration
+	// MaxRequestRate is how many requests a second the server can serve, 0 for no limit; changeable, for requests to
+	// come. Each takes its turn for 1/MaxRequestRate and then ServiceTime, without occupying the loop. A request is what
+	// one read of up to 16 KiB (networking.c, PROTO_IOBUF_LEN) brings, a command or a pipeline: a Redis at its limit
+	// serves more commands in pipelines, at hardly more requests.
+	MaxRequestRate int
+
 	RequirePass string // password clients must give, empty for none; changeable
 
 	MaxBulk           int   // bytes in one argument; changeable

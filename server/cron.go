@@ -23,8 +23,9 @@ func (s *Server) cronClients() {
 		}
 		c := s.clients[s.cronClient]
 		idle := s.clock.now - c.lastSeen
-		// Whole seconds, and more than asked for, as Redis counts. Who waits for its delayed close has its time already.
-		if s.cfg.Timeout > 0 && c.leaving == nil && idle >= s.cfg.Timeout+time.Second {
+		// Whole seconds, and more than asked for, as Redis counts. Who waits for its delayed close has its time already, and
+		// who waits for a reply that is held is not idle.
+		if s.cfg.Timeout > 0 && c.leaving == nil && c.held.len() == 0 && idle >= s.cfg.Timeout+time.Second {
 			s.doom(c, byServer)
 			continue
 		}

@@ -36,6 +36,7 @@ const (
 	flagFast           // constant time
 	flagNoAuth         // allowed before AUTH
 	flagSecret         // its arguments are not shown in SLOWLOG
+	flagControl        // for looking at the server and setting it: no part in ServiceTime and MaxRequestRate; set by index
 )
 
 // keySpec says where the keys are among the arguments; last is negative when counted from the end.
@@ -47,6 +48,9 @@ func index(table []command) map[string]*command {
 	for i := range table {
 		cmd := &table[i]
 		cmd.fullName = cmd.name
+		if cmd.group == groupServer || cmd.group == groupConnlab || cmd.name == "client" {
+			cmd.flags |= flagControl
+		}
 		m[cmd.name] = cmd
 		if cmd.subs == nil {
 			continue
@@ -57,6 +61,7 @@ func index(table []command) map[string]*command {
 			sub := &cmd.subs[j]
 			sub.fullName = cmd.name + "|" + sub.name
 			sub.group = cmd.group
+			sub.flags |= cmd.flags & flagControl
 		}
 	}
 	return m
@@ -82,6 +87,9 @@ func (s *Server) execute(c *client, args [][]byte) {
 	start := s.clock.now
 	s.stats.commands++
 	cmd := find(s.commands, args[0])
+	if cmd == nil || cmd.flags&flagControl == 0 {
+		s.toServe = true
+	}
 	if cmd == nil {
 		s.error(c, unknownCommand(args))
 		return

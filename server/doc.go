@@ -10,14 +10,20 @@
 //     max-new-connections-per-cycle since 7.4.
 //   - A stall can be injected into the cron (CONNLAB STALL, stall-every), outside any command, so that SLOWLOG does
 //     not see it; a slow command (CONNLAB DELAY, DEBUG SLEEP) it does see. Accepting can be paused alone (CONNLAB ACCEPT).
+//   - Latency that no command makes: every reply can be kept back for some time (service-time), and requests can be served
+//     at no more than some rate, each in its turn (max-request-rate), as by a Redis at its limit. Both are virtual time:
+//     the loop goes on. A request is what one read brings, a command or a pipeline. A read of nothing but commands of the
+//     groups server and connlab and CLIENT is none, so that the server can be asked and set at any time. Replies to one
+//     client stay in order. A reply that is kept back is lost if its client is closed, and counts for
+//     output-buffer-limit; its client is not idle.
 //   - Who closes first, and when: after a client's FIN the server can wait with its own (close-delay), longer than the
 //     kernel waits with the ACK, so that the client's FIN_WAIT_2 can be seen; or it closes first, after so many requests
 //     (close-after) or idle seconds (timeout), and TIME_WAIT is the server's. CLIENT LIST has ages and idle times in
 //     milliseconds too, INFO the number of closes by who ended the connection.
 //
-// The loop is level-triggered. It waits in epoll_pwait and nowhere else, unless it is told to stand still: in a stall, in
-// a delayed command, in DEBUG SLEEP. Replies are kept until all events of a cycle are served and written before the next
-// wait, as Redis does in beforeSleep. PING, GET, MGET, and SET without options and INCR of a key that exists allocate
+// The loop is level-triggered. It waits in epoll_pwait and nowhere else, in epoll_pwait2 while replies are kept back, unless
+// it is told to stand still: in a stall, in a delayed command, in DEBUG SLEEP. Replies are kept until all events of a cycle
+// are served and written before the next wait, as Redis does in beforeSleep. PING, GET, MGET, and SET without options and INCR of a key that exists allocate
 // nothing once the buffers of the client have grown to its requests; other commands may.
 //
 // Limits are per client and have Redis's names where it has them: bytes and arguments of one request, bytes of an

@@ -16,8 +16,8 @@ import (
 	"connlab/server/resp"
 )
 
-// heap returns the bytes that are alive.
-func heap() int {
+// liveBytes returns the bytes of the heap that are alive.
+func liveBytes() int {
 	var m runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&m)
@@ -40,7 +40,7 @@ func TestBigRequestLeavesNothing(t *testing.T) {
 	} {
 		t.Run(tc.why, func(t *testing.T) {
 			s, c := offline(t)
-			small, before := c.memory(), heap()
+			small, before := c.memory(), liveBytes()
 			for in := slices.Concat(tc.request, []byte(tc.rest)); len(in) > 0; {
 				n := min(len(in), readSize)
 				s.feed(c, in[:n])
@@ -49,7 +49,7 @@ func TestBigRequestLeavesNothing(t *testing.T) {
 			require.Equal(t, int64(1), s.stats.commands)
 			require.NotEmpty(t, c.out)
 			c.out = nil // as when it is written
-			held := heap() - before
+			held := liveBytes() - before
 			assert.Less(t, held, 1<<20, "after the request, idle")
 			assert.LessOrEqual(t, c.memory(), small+keepBuffer)
 			assert.Equal(t, tc.rest, string(c.in))

@@ -20,7 +20,7 @@ func (s *Server) loop() error {
 	var served int64 // requests of the last cycle
 	for !s.closing.Load() {
 		s.beforeSleep()
-		events, err := s.poll.wait(s.untilTimer(), looksPerRequest*served)
+		events, err := s.wait(looksPerRequest * served)
 		if err != nil {
 			return err
 		}
@@ -47,7 +47,17 @@ func (s *Server) loop() error {
 	return nil
 }
 
-// untilTimer returns how long the loop may wait for events.
+// wait returns the events that are there, or waits until a timer is due, for replies that are held more precisely than for
+// the others.
+func (s *Server) wait(looks int64) ([]unix.EpollEvent, error) {
+	if len(s.held) == 0 {
+		return s.poll.wait(s.untilTimer(), looks)
+	}
+	s.clock.tick()
+	return s.poll.waitPrecisely(min(s.untilTimer(), s.held[0].held.next().due-s.clock.now))
+}
+
+// untilTimer returns how long the loop may wait for events, but for replies that are held.
 func (s *Server) untilTimer() time.Duration {
 	next := s.nextCron
 	if s.accept.resumeAt != 0 {
@@ -98,6 +108,9 @@ func (s *Server) serve(ev *unix.EpollEvent) error {
 // beforeSleep writes the replies of this cycle and closes who is to be closed, as Redis's beforeSleep does with
 // handleClientsWithPendingWrites and freeClientsInAsyncFreeQueue.
 func (s *Server) beforeSleep() {
+	if len(s.held) > 0 {
+		s.releaseHeld(s.clock.tick())
+	}
 	for _, c := range s.pending {
 		c.pending = false
 		if !c.doomed && !c.wantWrite {
@@ -209,7 +222,8 @@ func (s *Server) feed(c *client, data []byte) {
 	if c.closeAfterReply {
 		return // the client is told why already; what else it says does not matter
 	}
-	defer s.queue(c)
+	s.toServe = false
+	defer s.replied(c, c.unsent())
 	if len(c.in) == 0 {
 		n := s.process(c, data)
 		if n < len(data) && !c.doomed {
@@ -271,16 +285,16 @@ func (s *Server) process(c *client, buf []byte) (consumed int) {
 
 // queue marks a client that has replies to be written before the next wait.
 func (s *Server) queue(c *client) {
-	if !c.pending && len(c.out) > c.written {
+	if !c.pending && len(c.sendable()) > 0 {
 		c.pending = true
 		s.pending = append(s.pending, c)
 	}
 }
 
-// flush writes what it can of a client's replies; the rest waits until the socket is writable.
+// flush writes what it can of a client's replies but for those that are held; the rest waits until the socket is writable.
 func (s *Server) flush(c *client) {
-	for len(c.out) > c.written {
-		n, errno := sysWrite(c.fd, c.out[c.written:])
+	for len(c.sendable()) > 0 {
+		n, errno := sysWrite(c.fd, c.sendable())
 		if errno == unix.EINTR {
 			continue
 		}
@@ -297,12 +311,11 @@ func (s *Server) flush(c *client) {
 		if n > 0 {
 			c.lastSeen = s.clock.now
 		}
-		if n == 0 || c.written < len(c.out) {
+		if n == 0 || len(c.sendable()) > 0 {
 			break // the socket's buffer is full
 		}
 	}
-	done := c.written == len(c.out)
-	if done {
+	if c.unsent() == 0 {
 		c.written = 0
 		if c.out = c.out[:0]; cap(c.out) > keepBuffer {
 			c.out = nil
@@ -312,7 +325,7 @@ func (s *Server) flush(c *client) {
 			return
 		}
 	}
-	if c.wantWrite == done {
+	if done := len(c.sendable()) == 0; c.wantWrite == done {
 		c.wantWrite = !done
 		s.watch(c)
 	}

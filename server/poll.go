@@ -45,6 +45,7 @@ type poller struct {
 	fd     int
 	events []unix.EpollEvent
 	idle   bool // the last wait brought nothing: nobody is in a hurry
+	coarse bool // the kernel, or a filter before it, has no epoll_pwait2 (Linux 5.11)
 }
 
 // newPoller makes one that reports up to size events per wait. Redis reports every ready client in one cycle; the
@@ -99,6 +100,11 @@ func (p *poller) wait(timeout time.Duration, looks int64) ([]unix.EpollEvent, er
 		n, errno = int(r), e
 	}
 	p.idle = n == 0
+	return p.ready(n, errno)
+}
+
+// ready returns what a wait has brought.
+func (p *poller) ready(n int, errno unix.Errno) ([]unix.EpollEvent, error) {
 	switch errno {
 	case 0:
 		return p.events[:n], nil
@@ -106,6 +112,29 @@ func (p *poller) wait(timeout time.Duration, looks int64) ([]unix.EpollEvent, er
 		return nil, nil
 	}
 	return nil, fmt.Errorf("waiting for events: %w", errno)
+}
+
+// waitPrecisely is wait with a timeout that is not rounded: epoll_pwait2 takes nanoseconds. It ends late by a thousandth of
+// the timeout (fs/select.c, select_estimate_accuracy) and what the machine makes it.
+func (p *poller) waitPrecisely(timeout time.Duration) ([]unix.EpollEvent, error) {
+	if p.coarse {
+		return p.wait(timeout, 0)
+	}
+	timeout = max(timeout, 0)
+	ts := [2]int64{int64(timeout / time.Second), int64(timeout % time.Second)} // struct __kernel_timespec
+	var n uintptr
+	var errno unix.Errno
+	if timeout <= rawWait {
+		n, _, errno = unix.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), uintptr(unsafe.Pointer(&ts)), 0, 0)
+	} else {
+		n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT2, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), uintptr(unsafe.Pointer(&ts)), 0, 0)
+	}
+	if errno == unix.ENOSYS || errno == unix.EPERM {
+		p.coarse = true
+		return p.wait(timeout, 0)
+	}
+	p.idle = false
+	return p.ready(int(n), errno)
 }
 
 // look is epoll_pwait without the scheduler's knowledge.

@@ -39,7 +39,12 @@ type Server struct {
 	pending []*client // have replies to write before the next wait
 	doomed  []*client // to be closed at the end of the cycle
 	leaving list.List // of *client: have sent FIN and wait for CloseDelay, in that order
+	held    heldClients
 	nextID  int64
+
+	station     station
+	heldReplies int
+	toServe     bool // the read being served holds a command that is no control command
 
 	clock    clock
 	commands map[string]*command
@@ -95,6 +100,10 @@ type stats struct {
 	opsSampledAt                            time.Duration
 	opsSampled                              int64
 	peakMemory                              int64
+
+	requests, releases          int64 // reads with a command; holds that ended
+	requestWait, requestWaitMax time.Duration
+	releaseLate, releaseLateMax time.Duration
 }
 
 const readSize = 16 << 10 // PROTO_IOBUF_LEN
@@ -226,6 +235,7 @@ func (s *Server) configChanged() {
 		s.poll.events = make([]unix.EpollEvent, n)
 	}
 	s.slowlog.trim(s.cfg.SlowlogMaxLen)
+	s.station.setRate(s.cfg.MaxRequestRate)
 	s.nextCron = min(s.nextCron, s.clock.now+s.cronPeriod())
 }
 

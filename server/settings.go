@@ -71,6 +71,10 @@ var settings = []setting{
 		"`milliseconds` from a client's FIN to our close; above 40, the kernel's delayed ACK, ACK and FIN go out apart and the client is in FIN_WAIT_2 between them"),
 	number("close-after", func(c *Config) *int { return &c.CloseAfter }, 0, math.MaxInt32).asFlag("close-after",
 		"`requests` after whose reply a connection is closed, 0 for never; the server closes first, so TIME_WAIT is the server's"),
+	duration("service-time", func(c *Config) *time.Duration { return &c.ServiceTime }, time.Microsecond, 0, 60_000_000).asFlag("service-time",
+		"`microseconds` from a request to its reply beyond what the server needs, 0 for none; requests do not wait for one another"),
+	number("max-request-rate", func(c *Config) *int { return &c.MaxRequestRate }, 0, 1_000_000_000).asFlag("max-request-rate",
+		"`requests` per second that the server can serve, each in its turn, 0 for no limit; a pipeline that is read at once is one"),
 	{
 		name: "requirepass", help: "`password` that clients must give by AUTH or HELLO, empty for none",
 		get: func(c *Config) string { return c.RequirePass },
