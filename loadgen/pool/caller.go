@@ -63,7 +63,10 @@ type Use struct {
 	// Dialed says that no call had it before: it was opened for this one, or in
 	// advance by MinIdleConns.
 	Dialed bool
-	Reused int            // number of calls that had it before
+	Reused int // number of calls that had it before
+	// Shared says that the connection carried requests of other calls at the same
+	// time; Dialed and Reused then say nothing.
+	Shared bool
 	Local  netip.AddrPort // its own address and port; not valid if there was no connection
 }
 

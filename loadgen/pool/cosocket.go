@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -33,11 +32,6 @@ var (
 	// socket that nobody has received.
 	ErrDubious = errors.New("connection in dubious state")
 )
-
-// Dial opens a connection to a server. It may open it in whatever place it
-// likes. The connection must have a descriptor ([syscall.Conn]), as those of
-// package net do.
-type Dial func(ctx context.Context, addr netip.AddrPort) (net.Conn, error)
 
 // Settings are the directives of nginx that a worker's pools start from. Zero
 // values are nginx's defaults.
@@ -231,16 +225,6 @@ func failedAtOnce(err error) bool {
 	return ok && slices.Contains([]syscall.Errno{
 		unix.EACCES, unix.EADDRNOTAVAIL, unix.EMFILE, unix.ENETUNREACH, unix.ENFILE, unix.ENOBUFS, unix.EPERM,
 	}, errno)
-}
-
-// Idle is the number of idle connections in the pool of this name.
-func (w *Worker) Idle(pool string) int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if p := w.pools[pool]; p != nil {
-		return len(p.idle)
-	}
-	return 0
 }
 
 // Stats returns what happened so far.

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"sync"
 	"time"
 
 	"connlab/loadgen"
@@ -19,10 +18,9 @@ import (
 type CosocketConfig struct {
 	Dial Dial // nil: from the program's own place
 	// Workers is the number of nginx workers, each with pools of its own; the
-	// default is 1. A call goes to one of them at random, by Seed: taking turns, a
-	// regular schedule could give one worker all calls of a kind.
+	// default is 1. A call goes to one of them at random: taking turns, a regular
+	// schedule could give one worker all calls of a kind.
 	Workers  int
-	Seed     uint64
 	Settings Settings
 
 	// PoolSize and Backlog are options of connect.
@@ -51,10 +49,6 @@ type Cosockets struct {
 	cfg     CosocketConfig
 	ledger  ledger
 	workers []*Worker
-
-	mu     sync.Mutex // of what follows
-	random *rand.Rand
-	ended  Stats // of the workers of single requests
 }
 
 // NewCosockets makes a Pool without connections.
@@ -66,7 +60,8 @@ func NewCosockets(cfg CosocketConfig) *Cosockets {
 	case cfg.KeepTimeout < 0:
 		cfg.KeepTimeout = 0
 	}
-	p := &Cosockets{cfg: cfg, ledger: ledger{dial: cfg.Dial}, random: rand.New(rand.NewPCG(cfg.Seed, 0))}
+	// ngx_event_connect_peer calls connect(2) once.
+	p := &Cosockets{cfg: cfg, ledger: ledger{dial: cfg.Dial, tries: 1}}
 	if !cfg.PerRequest {
 		for range max(cfg.Workers, 1) {
 			p.workers = append(p.workers, p.worker())
@@ -93,9 +88,7 @@ func (p *Cosockets) Get(ctx context.Context, kind Kind, addr netip.AddrPort) (Le
 		w = p.worker()
 		l.own = w
 	} else {
-		p.mu.Lock()
-		w = p.workers[p.random.IntN(len(p.workers))]
-		p.mu.Unlock()
+		w = p.workers[rand.IntN(len(p.workers))]
 	}
 	options := ConnectOptions{PoolSize: p.cfg.PoolSize, Backlog: p.cfg.Backlog, Timeout: p.cfg.Timeout}
 	if p.cfg.Separate && kind == Closes {
@@ -113,18 +106,6 @@ func (p *Cosockets) Get(ctx context.Context, kind Kind, addr netip.AddrPort) (Le
 
 // Account counts the connections of all workers.
 func (p *Cosockets) Account() Account { return p.ledger.account() }
-
-// Stats says what happened in all workers, those of single requests as far as they
-// have ended.
-func (p *Cosockets) Stats() Stats {
-	p.mu.Lock()
-	sum := p.ended
-	p.mu.Unlock()
-	for _, w := range p.workers {
-		sum.add(w.Stats())
-	}
-	return sum
-}
 
 // Close ends the workers.
 func (p *Cosockets) Close() error {
@@ -198,31 +179,7 @@ func (l *cosocketLease) Return() error {
 
 // end ends the worker of a single request.
 func (l *cosocketLease) end() {
-	if l.own == nil {
-		return
+	if l.own != nil {
+		_ = l.own.Close() // always nil
 	}
-	_ = l.own.Close() // always nil
-	l.pool.mu.Lock()
-	defer l.pool.mu.Unlock()
-	l.pool.ended.add(l.own.Stats())
-}
-
-// add sums what happened in two workers.
-func (s *Stats) add(o Stats) {
-	s.Dials += o.Dials
-	s.DialErrors += o.DialErrors
-	s.Reuses += o.Reuses
-	s.Kept += o.Kept
-	s.Open += o.Open
-	s.Closed += o.Closed
-	s.Evicted += o.Evicted
-	s.Expired += o.Expired
-	s.ServerClosed += o.ServerClosed
-	s.Unasked += o.Unasked
-	s.Dubious += o.Dubious
-	s.Shutdown += o.Shutdown
-	s.QueueFull += o.QueueFull
-	s.Waited += o.Waited
-	s.WaitTimeouts += o.WaitTimeouts
-	s.WaitCanceled += o.WaitCanceled
 }

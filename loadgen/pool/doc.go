@@ -35,9 +35,16 @@
 // It refuses to look ahead: nothing is dialed before it is asked for, no idle
 // connection is tested when it is taken, and nothing is retried.
 //
+// Every connect(2) is made and counted one by one ([Account]), because a dial of
+// package net is up to three: it tries twice more where connect(2) finds no local
+// port (EADDRNOTAVAIL; spuriousENOTAVAIL in net/tcpsock_posix.go). Under the Go
+// libraries the package does the same itself; nginx does not.
+//
 // [Run] sends callers of two kinds, those that keep their connection and those
 // that close it, through any [Pool]: the cosockets of several workers
 // ([NewCosockets]), redigo ([NewRedigo]) or go-redis ([NewGoRedis]), each used as
-// its users do. The loop is open, as that of loadgen.Run, and every call says
-// whether it was the first to have its connection.
+// its users do; or through a client that merges the requests of many callers into
+// pipelines: a [Batcher] ([NewBatching]), go-redis's own ([NewAutoPipeline]). The loop is open, as that of loadgen.Run, and every call says
+// whether it was the first to have its connection. A caller may do several
+// operations in sequence, each a call of its own.
 package pool

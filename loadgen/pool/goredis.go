@@ -22,13 +22,24 @@ import (
 // GoRedisConfig are the settings of go-redis v9's Client, of which there is one
 // for each server. Zero values are go-redis's own defaults.
 type GoRedisConfig struct {
-	Dial            Dial // nil: from the program's own place
-	PoolSize        int  // connections in use at a time; 0: 10 for each CPU
-	PoolTimeout     time.Duration
-	MinIdleConns    int           // idle connections opened in advance
-	MaxIdleConns    int           // idle connections kept; 0: any number
-	MaxActiveConns  int           // connections at most; 0: any number
+	Dial Dial // nil: from the program's own place
+	// PoolSize is how many connections are in use at a time, those of callers that
+	// close not counted; 0: 10 for each CPU. A call beyond it waits for PoolTimeout.
+	PoolSize     int
+	PoolTimeout  time.Duration
+	MinIdleConns int // idle connections opened in advance, up to PoolSize in all
+	// MaxIdleConns is how many idle connections are kept; 0: any number, where redigo
+	// keeps none.
+	MaxIdleConns int
+	// MaxActiveConns is how many connections there are at most, idle or not; 0: any
+	// number. A call beyond it fails at once: it means something below PoolSize only.
+	MaxActiveConns  int
 	ConnMaxIdleTime time.Duration // an idle connection is not used after it; 0: 30 minutes, negative: no limit
+	// DialerRetries is how often one call dials, at most, DialerRetryTimeout after
+	// the last one failed; 0: 5 times and 100 ms. These are beside the tries of package
+	// net: a call that finds no local port makes 15 calls of connect(2).
+	DialerRetries      int
+	DialerRetryTimeout time.Duration
 	// Ephemeral makes callers that close use Client.EphemeralConn instead of a
 	// Client of their own. It takes an idle connection of the pool if there is
 	// one, and closes it in the end.
@@ -43,9 +54,9 @@ type GoRedisConfig struct {
 // closes has a Client of its own, and closes that.
 //
 // Two habits of go-redis show: each new connection is greeted with HELLO, one more
-// request; and after as many failed dials as PoolSize it answers with the last
-// error without dialing, until a dial that it tries each second succeeds.
-// Retries, CLIENT SETINFO and maintenance notifications are turned off.
+// request; and after as many calls whose dials failed as PoolSize it answers with
+// the last error without dialing, until a dial that it tries each second succeeds.
+// Retries of commands, CLIENT SETINFO and maintenance notifications are turned off.
 type GoRedis struct {
 	cfg       GoRedisConfig
 	ledger    ledger
@@ -114,7 +125,7 @@ func (p *GoRedis) options(addr netip.AddrPort) *goredis.Options {
 		MinIdleConns: p.cfg.MinIdleConns, MaxIdleConns: p.cfg.MaxIdleConns, MaxActiveConns: p.cfg.MaxActiveConns,
 		ConnMaxIdleTime: p.cfg.ConnMaxIdleTime,
 		DialTimeout:     p.cfg.Timeout, ReadTimeout: p.cfg.Timeout, WriteTimeout: p.cfg.Timeout,
-		MaxRetries: -1, DialerRetries: 1,
+		MaxRetries: -1, DialerRetries: p.cfg.DialerRetries, DialerRetryTimeout: p.cfg.DialerRetryTimeout,
 		Protocol: 2, DisableIdentity: true, PipelinePoolSize: -1,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
 	}

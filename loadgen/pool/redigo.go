@@ -16,13 +16,24 @@ import (
 )
 
 // RedigoConfig are the settings of redigo's Pool, of which there is one for each
-// server. Zero values are redigo's own defaults.
+// server. Zero values are redigo's own defaults, under which nothing is kept and
+// nothing is limited. Its Get takes the idle connection that was returned last. A
+// connection that is returned is kept too, and if there are then more than MaxIdle
+// the one that is idle longest is closed (put in redis/pool.go): calls in flight
+// beyond MaxIdle cost a dial each, however many MaxActive lets in.
 type RedigoConfig struct {
-	Dial        Dial          // nil: from the program's own place
-	MaxIdle     int           // idle connections kept; 0 keeps none
-	MaxActive   int           // connections at most, those of callers that close not counted; 0: any number
-	Wait        bool          // at MaxActive wait for a connection instead of failing
-	IdleTimeout time.Duration // an idle connection is closed after it; 0: never
+	Dial      Dial // nil: from the program's own place
+	MaxIdle   int  // idle connections kept; 0 keeps none
+	MaxActive int  // connections at most, idle or not, those of callers that close not counted; 0: any number
+	// Wait makes a call at MaxActive wait for a connection instead of failing. Without
+	// MaxActive it means nothing.
+	Wait bool
+	// IdleTimeout is how long an idle connection is kept; 0: for ever. It is closed
+	// when the next call asks for a connection.
+	IdleTimeout time.Duration
+	// MaxConnLifetime is how long after its dial a connection is used; 0: for ever. An
+	// older one is closed when a call comes upon it.
+	MaxConnLifetime time.Duration
 	// Timeout is for coming to a connection, waiting included, and again for the
 	// reply; the default is 5 s.
 	Timeout time.Duration
@@ -47,14 +58,18 @@ func NewRedigo(cfg RedigoConfig) *Redigo {
 // Get takes a connection of the Pool for a caller that keeps, and dials for one
 // that closes.
 func (p *Redigo) Get(ctx context.Context, kind Kind, addr netip.AddrPort) (Lease, error) {
-	ctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
-	defer cancel()
 	if kind == Closes {
 		c, err := p.dial(ctx, addr)
 		if err != nil {
 			return nil, err
 		}
-		return &redigoLease{conn: c, use: c.tracked.use()}, nil
+		return &redigoLease{conn: c, socket: c, use: c.tracked.use()}, nil
+	}
+	if p.cfg.Wait {
+		// Without it only a dial takes time.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, p.cfg.Timeout)
+		defer cancel()
 	}
 	var had *redigoConn
 	c, err := p.pool(addr).GetContext(context.WithValue(ctx, redigoKey{}, &had))
@@ -64,7 +79,7 @@ func (p *Redigo) Get(ctx context.Context, kind Kind, addr netip.AddrPort) (Lease
 		}
 		return nil, err
 	}
-	return &redigoLease{conn: c, use: had.tracked.use()}, nil
+	return &redigoLease{conn: c, socket: had, use: had.tracked.use()}, nil
 }
 
 // redigoKey is the key of a context's **redigoConn: where to put the connection
@@ -82,7 +97,8 @@ func (p *Redigo) pool(addr netip.AddrPort) *redigo.Pool {
 	pool := p.pools[addr]
 	if pool == nil {
 		pool = &redigo.Pool{
-			MaxIdle: p.cfg.MaxIdle, MaxActive: p.cfg.MaxActive, Wait: p.cfg.Wait, IdleTimeout: p.cfg.IdleTimeout,
+			MaxIdle: p.cfg.MaxIdle, MaxActive: p.cfg.MaxActive, Wait: p.cfg.Wait,
+			IdleTimeout: p.cfg.IdleTimeout, MaxConnLifetime: p.cfg.MaxConnLifetime,
 			DialContext: func(ctx context.Context) (redigo.Conn, error) {
 				c, err := p.dial(ctx, addr)
 				if err != nil {
@@ -102,6 +118,8 @@ func (p *Redigo) pool(addr netip.AddrPort) *redigo.Pool {
 }
 
 func (p *Redigo) dial(ctx context.Context, addr netip.AddrPort) (*redigoConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
+	defer cancel()
 	var t *tracked
 	c, err := redigo.DialContext(ctx, "tcp", addr.String(),
 		redigo.DialReadTimeout(p.cfg.Timeout), redigo.DialWriteTimeout(p.cfg.Timeout),
@@ -132,16 +150,24 @@ func (p *Redigo) Close() error {
 }
 
 type redigoLease struct {
-	conn redigo.Conn
-	use  Use
+	conn   redigo.Conn
+	socket *redigoConn // behind what the Pool has put around it
+	use    Use
 }
 
 func (l *redigoLease) Use() Use { return l.use }
 
-func (l *redigoLease) Ping(context.Context) error {
+// Ping does as redigo's DoContext: a ctx that is done closes the connection. It does
+// so without DoContext's goroutine for each command.
+func (l *redigoLease) Ping(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { _ = l.socket.Close() }) // and so the Pool does not keep it
+	defer stop()
 	_, err := l.conn.Do("PING")
 	if reply, ok := errors.AsType[redigo.Error](err); ok {
 		return fmt.Errorf("%w: %s", loadgen.ErrServer, string(reply))
+	}
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err()
 	}
 	return err
 }

@@ -1,18 +1,15 @@
 package pool
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"strings"
-	"time"
 
 	"connlab/loadgen"
 )
 
-// Report is the account of a run. Reports of runs that went side by side add up by
-// [Report.Merge]; a report survives being sent as JSON.
+// Report is the account of a run.
 type Report struct {
 	Keeping KindReport `json:"keeping"`
 	Closing KindReport `json:"closing"`
@@ -21,60 +18,30 @@ type Report struct {
 // KindReport is the account of the callers of one kind.
 type KindReport struct {
 	// Load says how the calls ended. Its Latency is from due to the reply, waiting
-	// for a connection included. Its Connect stays empty: a library does not tell
-	// connecting from waiting.
+	// for a connection included. Its Lateness is that of each caller's first
+	// operation, the only one that the generator starts. Its Connect stays empty: a
+	// library does not tell connecting from waiting.
 	Load *loadgen.Report `json:"load"`
 	// Dialed is the number of calls that were the first to have their connection,
-	// Reused that of those that were not. A call without a connection is in neither.
+	// Reused that of those that were not, and Shared that of those which had it
+	// together with others. A call without a connection is in none of them.
 	Dialed int64 `json:"dialed"`
 	Reused int64 `json:"reused"`
+	Shared int64 `json:"shared"`
 	// NotReturned is the number of calls that are OK and could not give their
 	// connection back.
 	NotReturned int64 `json:"not_returned"`
 }
 
-// NewReport makes an empty report, to merge others into.
-func NewReport() *Report {
+func newReport() *Report {
 	return &Report{Keeping: KindReport{Load: loadgen.NewReport()}, Closing: KindReport{Load: loadgen.NewReport()}}
-}
-
-// DialFraction is the part of the calls with a connection for which it was opened,
-// or 0 if there are none.
-func (k *KindReport) DialFraction() float64 {
-	if k.Dialed+k.Reused == 0 {
-		return 0
-	}
-	return float64(k.Dialed) / float64(k.Dialed+k.Reused)
-}
-
-// UnmarshalJSON reads a report that was written as JSON. It refuses one that is
-// incomplete or does not balance.
-func (r *Report) UnmarshalJSON(b []byte) error {
-	type plain Report
-	var read plain
-	if err := json.Unmarshal(b, &read); err != nil {
-		return fmt.Errorf("decoding pool report: %w", err)
-	}
-	if read.Keeping.Load == nil || read.Closing.Load == nil {
-		return errors.New("decoding pool report: a kind of callers is missing")
-	}
-	*r = Report(read)
-	if err := r.Balanced(); err != nil {
-		return fmt.Errorf("decoding pool report: %w", err)
-	}
-	return nil
-}
-
-// Merge adds other to r. The order in which reports are merged does not matter.
-func (r *Report) Merge(other *Report) {
-	r.Keeping.merge(&other.Keeping)
-	r.Closing.merge(&other.Closing)
 }
 
 func (k *KindReport) merge(other *KindReport) {
 	k.Load.Merge(other.Load)
 	k.Dialed += other.Dialed
 	k.Reused += other.Reused
+	k.Shared += other.Shared
 	k.NotReturned += other.NotReturned
 }
 
@@ -94,17 +61,13 @@ func (r *Report) Balanced() error {
 		if err := k.Load.Balanced(); err != nil {
 			return fmt.Errorf("caller %v: %w", kind, err)
 		}
-		if had := k.Dialed + k.Reused; had < k.Load.OK || had > k.Load.Started || k.NotReturned > k.Load.OK {
+		if had := k.Dialed + k.Reused + k.Shared; had < k.Load.OK || had > k.Load.Started || k.NotReturned > k.Load.OK {
 			return fmt.Errorf("caller %v: the account does not balance: %d started, %d ok, %d had a connection, %d could not return it",
 				kind, k.Load.Started, k.Load.OK, had, k.NotReturned)
 		}
 	}
 	return nil
 }
-
-// Behind returns an error if the generator did not keep the schedule of all calls
-// together: see [loadgen.Report.Behind].
-func (r *Report) Behind(limit time.Duration) error { return r.Total().Load.Behind(limit) }
 
 func (r *Report) of(kind Kind) *KindReport {
 	if kind == Keeps {
@@ -122,8 +85,12 @@ func (k *KindReport) add(c Call) {
 		return
 	}
 	load.Started++
-	load.Lateness.Record(c.Started - c.Due)
+	if c.Op == 0 {
+		load.Lateness.Record(c.Started - c.Due)
+	}
 	switch {
+	case c.Shared:
+		k.Shared++
 	case c.Dialed:
 		k.Dialed++
 	case c.Reused > 0:

@@ -17,18 +17,26 @@ import (
 // Config says what a run does. Zero values have the defaults named here.
 type Config struct {
 	Pool Pool
-	// Targets are the servers. Each call goes to one of them at random, by Seed:
-	// by turns, two regular schedules could give one server all calls of a kind.
+	// Targets are the servers. Each caller goes to one of them at random, the same
+	// in each run: by turns, two regular schedules could give one server all calls of
+	// a kind.
 	Targets []netip.AddrPort
-	Seed    uint64
 	// Keeping and Closing say when callers of either kind come; nil means never.
 	// The loop is open, as that of [loadgen.Run].
 	Keeping, Closing loadgen.Schedule
-	// Hold is how long a caller keeps its connection beyond the reply: what else
+	// Ops is how many operations each caller does, one after the other, as code in
+	// the synchronous style does; the default is 1. Each is a call of its own, with a
+	// connection that is taken, held and returned, and comes due when the one before it
+	// has returned its own, also where that failed. When ctx is done the operations
+	// that have not begun are not due. (Callers in the asynchronous style are several
+	// in the schedule, due at the same moment.)
+	Ops int
+	// Hold is how long a caller keeps its connection beyond each reply: what else
 	// a web request does.
 	Hold time.Duration
-	// MaxInFlight bounds the calls of both kinds that have not yet returned their
-	// connections; the default is 10,000. One due beyond it is not started.
+	// MaxInFlight bounds the callers of both kinds that are on their way, until they
+	// have returned their last connection; the default is 10,000. One due beyond it
+	// is not started, with all its operations.
 	MaxInFlight int
 	// OnCall is called for each due call when it has ended and returned its
 	// connection, also for those not started. It is not called twice at a time, and
@@ -41,9 +49,12 @@ type Config struct {
 // Call is one caller's use of the pool. Times are offsets from the start; zero means
 // never.
 type Call struct {
-	Index   int // in the schedule of its kind, from 0
-	Kind    Kind
-	Target  netip.AddrPort
+	Index  int // of the caller in the schedule of its kind, from 0
+	Op     int // among the caller's operations, from 0
+	Kind   Kind
+	Target netip.AddrPort
+	// Due is when the caller was due or, for its later operations, when it had
+	// returned the connection before. One that is not started is due with its caller.
 	Due     time.Duration
 	Started time.Duration // just before the pool was asked for a connection
 	Done    time.Duration // the reply was complete, or the call had failed
@@ -85,10 +96,11 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		return nil, fmt.Errorf("pool load: %w", err)
 	}
 	cfg.MaxInFlight = cmp.Or(cfg.MaxInFlight, 10_000)
+	cfg.Ops = cmp.Or(cfg.Ops, 1)
 	if cfg.Progress == nil {
 		cfg.Progress = new(Progress)
 	}
-	r := &run{cfg: cfg, ctx: ctx, report: NewReport(), start: time.Now()}
+	r := &run{cfg: cfg, ctx: ctx, report: newReport(), start: time.Now()}
 	var players sync.WaitGroup
 	var played [2]error
 	for kind, s := range []loadgen.Schedule{Keeps: cfg.Keeping, Closes: cfg.Closing} {
@@ -97,7 +109,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		}
 	}
 	players.Wait()
-	r.calls.Wait()
+	r.callers.Wait()
 	end := time.Now()
 	for _, k := range []*KindReport{&r.report.Keeping, &r.report.Closing} {
 		k.Load.Start, k.Load.End = r.start, end
@@ -116,8 +128,8 @@ func (cfg Config) check() error {
 		return errors.New("no target")
 	case cfg.Keeping == nil && cfg.Closing == nil:
 		return errors.New("no schedule")
-	case cfg.Hold < 0 || cfg.MaxInFlight < 0:
-		return errors.New("the holding time or the limit of calls in flight is negative")
+	case cfg.Hold < 0 || cfg.MaxInFlight < 0 || cfg.Ops < 0:
+		return errors.New("the holding time, the limit of callers in flight or their number of operations is negative")
 	}
 	return nil
 }
@@ -128,7 +140,7 @@ type run struct {
 	ctx   context.Context // of the calls
 	start time.Time
 
-	calls    sync.WaitGroup
+	callers  sync.WaitGroup
 	inFlight atomic.Int64
 
 	mu     sync.Mutex // of report, and held while OnCall runs
@@ -137,25 +149,48 @@ type run struct {
 
 func (r *run) now() time.Duration { return time.Since(r.start) }
 
-// play starts the calls of one kind.
+// play starts the callers of one kind.
 func (r *run) play(kind Kind, s loadgen.Schedule) error {
-	targets := rand.New(rand.NewPCG(r.cfg.Seed, uint64(kind)))
+	targets := rand.New(rand.NewPCG(0, uint64(kind)))
 	return s.Play(r.ctx, r.start, func(index int, due time.Duration) {
 		c := Call{Index: index, Kind: kind, Target: r.cfg.Targets[targets.IntN(len(r.cfg.Targets))], Due: due}
-		r.cfg.Progress.due.Add(1)
 		if r.inFlight.Add(1) > int64(r.cfg.MaxInFlight) {
 			r.inFlight.Add(-1)
-			c.Class, c.Done = loadgen.NotStarted, r.now()
-			r.record(c)
+			r.leaveOut(c)
 			return
 		}
+		r.cfg.Progress.due.Add(1)
 		r.cfg.Progress.started.Add(1)
-		r.calls.Go(func() {
-			r.call(&c)
+		r.callers.Go(func() {
+			r.caller(c)
 			r.inFlight.Add(-1)
-			r.record(c)
 		})
 	})
+}
+
+// leaveOut is for a caller that is not started.
+func (r *run) leaveOut(c Call) {
+	c.Class, c.Done = loadgen.NotStarted, r.now()
+	for c.Op = range r.cfg.Ops {
+		r.cfg.Progress.due.Add(1)
+		r.record(c)
+	}
+}
+
+// caller does the operations of one caller, of which c is the first.
+func (r *run) caller(c Call) {
+	for {
+		next := c
+		r.call(&c)
+		next.Op, next.Due = c.Op+1, r.now()
+		r.record(c)
+		if next.Op == r.cfg.Ops || r.ctx.Err() != nil {
+			return
+		}
+		c = next
+		r.cfg.Progress.due.Add(1)
+		r.cfg.Progress.started.Add(1)
+	}
 }
 
 // call is what a web request does with the pool.

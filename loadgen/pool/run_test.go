@@ -2,18 +2,18 @@ package pool
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"reflect"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"connlab/loadgen"
 )
@@ -29,7 +29,7 @@ func TestRunAccountsForEachCall(t *testing.T) {
 	var progress Progress
 	var calls []Call
 	report, err := Run(t.Context(), Config{
-		Pool: p, Targets: []netip.AddrPort{a.addr, b.addr}, Seed: 1, Keeping: keeping, Closing: closing,
+		Pool: p, Targets: []netip.AddrPort{a.addr, b.addr}, Keeping: keeping, Closing: closing,
 		OnCall: func(c Call) { calls = append(calls, c) }, Progress: &progress,
 	})
 	require.NoError(t, err)
@@ -61,7 +61,6 @@ func TestRunAccountsForEachCall(t *testing.T) {
 	}
 	total := report.Total()
 	assert.Equal(t, total.Dialed, dialed)
-	assert.InDelta(t, float64(dialed)/float64(len(calls)), total.DialFraction(), 1e-9)
 	assert.Equal(t, total.Load.Latency.Count(), total.Load.OK)
 	want := loadgen.Snapshot{Due: total.Load.Due, Started: total.Load.Due, OK: total.Load.Due}
 	assert.Equal(t, want, progress.Snapshot())
@@ -111,7 +110,113 @@ func TestCallsBeyondMaxInFlightAreNotStarted(t *testing.T) {
 	assert.EqualValues(t, 4+1, report.Closing.Load.OK)
 	assert.EqualValues(t, 6, report.Closing.Load.NotStarted)
 	assert.Len(t, notStarted, 6)
-	assert.ErrorContains(t, report.Behind(time.Hour), "left out 6 of 11")
+	assert.ErrorContains(t, report.Total().Load.Behind(time.Hour), "left out 6 of 11")
+}
+
+// TestOperationsOfACallerFollowEachOther: each is due when the one before it has
+// returned its connection, which it can then have.
+func TestOperationsOfACallerFollowEachOther(t *testing.T) {
+	const callers, ops, hold = 5, 4, time.Millisecond
+	s := serve(t, redis)
+	p := NewRedigo(RedigoConfig{MaxIdle: callers})
+	var progress Progress
+	var of [callers][]Call
+	report, err := Run(t.Context(), Config{
+		Pool: p, Targets: targets(s), Keeping: loadgen.Burst(callers, 0), Ops: ops, Hold: hold, Progress: &progress,
+		OnCall: func(c Call) { of[c.Index] = append(of[c.Index], c) },
+	})
+	require.NoError(t, err)
+	require.NoError(t, p.Close())
+	require.NoError(t, report.Balanced())
+	for _, calls := range of {
+		require.Len(t, calls, ops)
+		for op, c := range calls {
+			assert.Equal(t, op, c.Op)
+			assert.True(t, c.Due <= c.Started && c.Started < c.Done, "%v", c)
+			if op == 0 {
+				assert.Zero(t, c.Due)
+			} else {
+				assert.GreaterOrEqual(t, c.Due, calls[op-1].Done+hold)
+			}
+		}
+	}
+	assert.LessOrEqual(t, p.Account().Dials, int64(callers), "nobody has two connections")
+	assert.EqualValues(t, callers*ops, report.Keeping.Load.OK)
+	assert.EqualValues(t, callers*ops, report.Keeping.Load.Latency.Count())
+	assert.EqualValues(t, callers, report.Keeping.Load.Lateness.Count(), "the generator starts the first operations only")
+	assert.Equal(t, loadgen.Snapshot{Due: callers * ops, Started: callers * ops, OK: callers * ops}, progress.Snapshot())
+}
+
+func TestAnOperationIsDoneAfterOneThatFailed(t *testing.T) {
+	s := serve(t, redis)
+	failed := false
+	p := NewRedigo(RedigoConfig{Dial: func(ctx context.Context, addr netip.AddrPort) (net.Conn, error) {
+		if !failed {
+			failed = true
+			return nil, unix.ECONNREFUSED
+		}
+		return dialHere(ctx, addr)
+	}})
+	report, err := Run(t.Context(), Config{Pool: p, Targets: targets(s), Keeping: loadgen.Burst(1, 0), Ops: 3})
+	require.NoError(t, err)
+	require.NoError(t, p.Close())
+	require.NoError(t, report.Balanced())
+	assert.EqualValues(t, 2, report.Keeping.Load.OK)
+	assert.Equal(t, loadgen.Counts{loadgen.ConnectRefused: 1}, report.Keeping.Load.Failed)
+}
+
+func TestACallerThatIsNotStartedLeavesOutAllItsOperations(t *testing.T) {
+	s := serve(t, redis)
+	p := NewRedigo(RedigoConfig{})
+	var left []int
+	report, err := Run(t.Context(), Config{
+		Pool: p, Targets: targets(s), Closing: loadgen.Burst(3, 0), Ops: 2, Hold: 100 * time.Millisecond, MaxInFlight: 1,
+		OnCall: func(c Call) {
+			if c.Class == loadgen.NotStarted {
+				left = append(left, c.Op)
+			}
+		},
+	})
+	require.NoError(t, err)
+	require.NoError(t, p.Close())
+	require.NoError(t, report.Balanced())
+	assert.EqualValues(t, 2, report.Closing.Load.OK)
+	assert.Equal(t, []int{0, 1, 0, 1}, left)
+}
+
+func TestOperationsThatACanceledRunDidNotBeginAreNotDue(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	s := serve(t, func(c *net.TCPConn) { _, _ = c.Read(make([]byte, 1)); cancel(); _, _ = io.Copy(io.Discard, c) })
+	p := NewRedigo(RedigoConfig{})
+	report, err := Run(ctx, Config{
+		Pool: p, Targets: targets(s), Ops: 3,
+		Keeping: loadgen.Merge(loadgen.Burst(1, 0), loadgen.Burst(1, time.Hour)),
+	})
+	require.ErrorIs(t, err, context.Canceled)
+	require.NoError(t, p.Close())
+	require.NoError(t, report.Balanced())
+	assert.EqualValues(t, 1, report.Keeping.Load.Due)
+	assert.Equal(t, loadgen.Counts{loadgen.Canceled: 1}, report.Keeping.Load.Failed)
+}
+
+func targets(s *testServer) []netip.AddrPort { return []netip.AddrPort{s.addr} }
+
+// TestTheTotalHasEachCount sets each count, so that none is forgotten when one is
+// added.
+func TestTheTotalHasEachCount(t *testing.T) {
+	r := newReport()
+	counts := 0
+	for i := range reflect.TypeFor[KindReport]().NumField() {
+		keeping := reflect.ValueOf(&r.Keeping).Elem().Field(i)
+		if keeping.Kind() != reflect.Int64 {
+			continue
+		}
+		keeping.SetInt(int64(i))
+		reflect.ValueOf(&r.Closing).Elem().Field(i).SetInt(100)
+		assert.EqualValues(t, i+100, reflect.ValueOf(r.Total()).Elem().Field(i).Int(), reflect.TypeFor[KindReport]().Field(i).Name)
+		counts++
+	}
+	assert.Equal(t, 4, counts)
 }
 
 func TestACanceledRunReportsWhatThereWas(t *testing.T) {
@@ -140,7 +245,7 @@ func TestRunRefusesWhatItCannotDo(t *testing.T) {
 		"no pool":     func(c *Config) { c.Pool = nil },
 		"no target":   func(c *Config) { c.Targets = nil },
 		"no schedule": func(c *Config) { c.Keeping = nil },
-		"negative":    func(c *Config) { c.Hold = -1 },
+		"negative":    func(c *Config) { c.Ops = -1 },
 	} {
 		bad := good
 		change(&bad)
@@ -216,40 +321,6 @@ func TestClassesOfFailedCalls(t *testing.T) {
 }
 
 func ptr(n int) *int { return &n }
-
-func TestReportsAddUpAndSurviveJSON(t *testing.T) {
-	s := serve(t, redis)
-	p := NewRedigo(RedigoConfig{MaxIdle: 5})
-	sum := NewReport()
-	var parts []*Report
-	for seed := range uint64(2) {
-		r, err := Run(t.Context(), Config{Pool: p, Targets: []netip.AddrPort{s.addr}, Keeping: poisson(200, seed), Closing: poisson(100, seed+9)})
-		require.NoError(t, err)
-		b, err := json.Marshal(r)
-		require.NoError(t, err)
-		var read Report
-		require.NoError(t, json.Unmarshal(b, &read))
-		sum.Merge(&read)
-		parts = append(parts, r)
-	}
-	require.NoError(t, p.Close())
-	require.NoError(t, sum.Balanced())
-	type numbers struct{ OK, Dialed, Reused int64 }
-	of := func(k KindReport) numbers { return numbers{k.Load.OK, k.Dialed, k.Reused} }
-	plus := func(a, b numbers) numbers { return numbers{a.OK + b.OK, a.Dialed + b.Dialed, a.Reused + b.Reused} }
-	want := []numbers{plus(of(parts[0].Keeping), of(parts[1].Keeping)), plus(of(parts[0].Closing), of(parts[1].Closing))}
-	if diff := cmp.Diff(want, []numbers{of(sum.Keeping), of(sum.Closing)}); diff != "" {
-		t.Error(diff)
-	}
-
-	for want, bad := range map[string]string{
-		"a kind of callers is missing":               `{}`,
-		"caller keeps: the account does not balance": `{"keeping":{"load":{},"dialed":1},"closing":{"load":{}}}`,
-	} {
-		var r Report
-		assert.ErrorContains(t, json.Unmarshal([]byte(bad), &r), want)
-	}
-}
 
 // BenchmarkCalls is one call at a time through each library, of both kinds in turn.
 func BenchmarkCalls(b *testing.B) {
