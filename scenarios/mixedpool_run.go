@@ -75,7 +75,7 @@ func (m *mixedPool) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if err := errors.Join(err, look()); err != nil {
 		return err
 	}
-	if err := r.settle(ctx); err != nil {
+	if err := noneClosing(ctx, r.web); err != nil {
 		return err
 	}
 	timeline, err := watch.Stop()
@@ -275,26 +275,6 @@ func (r *mixedPoolRun) lookOnce() error {
 		r.ages.oldest = max(r.ages.oldest, age)
 	}
 	return nil
-}
-
-// settle waits until every connection that the web server has closed is a bucket.
-func (r *mixedPoolRun) settle(ctx context.Context) error {
-	closing := observe.SetOf(observe.FinWait1, observe.Closing, observe.LastAck, observe.CloseWait)
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		sockets, err := observe.ReadSockets(r.web, observe.Query{States: closing, RemotePort: redisPort})
-		if err != nil {
-			return err
-		}
-		if len(sockets) == 0 {
-			return nil
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("%d connections of the web server are still closing", len(sockets))
-		}
-		if err := sleep(ctx, 20*time.Millisecond); err != nil {
-			return err
-		}
-	}
 }
 
 func (r *mixedPoolRun) metric(name string, value float64, unit string) {

@@ -1,6 +1,8 @@
 package scenarios
 
 import (
+	"context"
+	"fmt"
 	"net/netip"
 	"time"
 
@@ -74,4 +76,25 @@ func unitOfGauge(name string) string {
 		return unitOf(name)
 	}
 	return "sockets"
+}
+
+// noneClosing waits until every connection to Redis that a client host has closed is
+// a bucket.
+func noneClosing(ctx context.Context, client *netlab.Host) error {
+	closing := observe.SetOf(observe.FinWait1, observe.Closing, observe.LastAck, observe.CloseWait)
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		sockets, err := observe.ReadSockets(client, observe.Query{States: closing, RemotePort: redisPort})
+		if err != nil {
+			return err
+		}
+		if len(sockets) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%d connections of %s are still closing", len(sockets), client.Name())
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return err
+		}
+	}
 }

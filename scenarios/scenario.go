@@ -33,6 +33,9 @@ type Variant struct {
 	Role    results.Role
 	Summary string // one line: what is different, and what it shows
 	Set     []string
+	// Full says that it is another variant at the article's full size, for which a run
+	// must ask: by name or with [Options.Full].
+	Full bool
 }
 
 // Experiment is a scenario's parameters and what is done with them. A run calls
@@ -54,7 +57,7 @@ type Experiment interface {
 }
 
 // All lists every scenario, in the order of the articles.
-var All = []*Scenario{&Backlog, &TupleCollision, &MixedPool, &TimeWaitBuckets}
+var All = []*Scenario{&Backlog, &TupleCollision, &MixedPool, &TimeWaitBuckets, &UndersizedPool}
 
 // ErrUsage is wrapped by every error about what the caller asked for: an
 // unknown incident, variant, parameter or server, or a value out of range.
@@ -93,8 +96,10 @@ func (s *Scenario) Variant(name string) (Variant, error) {
 
 // Options is how a scenario is run, as opposed to what it runs.
 type Options struct {
-	// Variants names the arms to run; empty means all.
+	// Variants names the arms to run; empty means all but those of full size.
 	Variants []string
+	// Full runs the arms of full size instead, where Variants names none.
+	Full bool
 	// Set overrides parameters of every arm, as "name=value". It wins over what
 	// a variant sets.
 	Set []string
@@ -179,9 +184,16 @@ type arm struct {
 }
 
 func (s *Scenario) prepare(opt Options) ([]arm, error) {
-	chosen := s.Variants
+	var chosen []Variant
+	for _, v := range s.Variants {
+		if len(opt.Variants) == 0 && v.Full == opt.Full {
+			chosen = append(chosen, v)
+		}
+	}
+	if opt.Full && len(opt.Variants) == 0 && len(chosen) == 0 {
+		return nil, usagef("incident %s has no variants that only a full run has: all of its variants are run without --full", s.Name)
+	}
 	if len(opt.Variants) > 0 {
-		chosen = nil
 		for _, name := range opt.Variants {
 			v, err := s.Variant(name)
 			if err != nil {

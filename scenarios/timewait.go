@@ -79,7 +79,7 @@ type timeWait struct {
 	Reuse      int
 	SYNBacklog int
 	Trails     trails
-	Loads      loads
+	Loads      numbers
 }
 
 func newTimeWait() *timeWait {
@@ -279,11 +279,11 @@ func (t *trails) Set(text string) error {
 	return err
 }
 
-// loads is a list of multiples as a parameter: "0.9,1.1".
-type loads []float64
+// numbers is a list of numbers as a parameter: "0.9,1.1".
+type numbers []float64
 
 // String implements [flag.Value].
-func (l *loads) String() string {
+func (l *numbers) String() string {
 	words := make([]string, len(*l))
 	for i, f := range *l {
 		words[i] = strconv.FormatFloat(f, 'g', -1, 64)
@@ -292,7 +292,7 @@ func (l *loads) String() string {
 }
 
 // Set implements [flag.Value].
-func (l *loads) Set(text string) error {
+func (l *numbers) Set(text string) error {
 	list, err := listOf(text, func(s string) (float64, error) { return strconv.ParseFloat(s, 64) }, "want numbers with commas between: 0.9,1.1")
 	*l = list
 	return err

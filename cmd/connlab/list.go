@@ -19,7 +19,11 @@ func newList() *cobra.Command {
 			for _, s := range scenarios.All {
 				fmt.Fprintf(w, "%s\t%s\n", s.Name, s.Title)
 				for _, v := range s.Variants {
-					fmt.Fprintf(w, "  %s\t%s\n", v.Name, v.Role)
+					full := ""
+					if v.Full {
+						full = ", only with --full or by name"
+					}
+					fmt.Fprintf(w, "  %s\t%s%s\n", v.Name, v.Role, full)
 				}
 			}
 			return w.Flush()

@@ -31,7 +31,11 @@ func newShow() *cobra.Command {
 func show(out io.Writer, s *scenarios.Scenario) error {
 	fmt.Fprintf(out, "%s: %s\n\n%s\n\nVARIANTS\n", s.Name, s.Title, strings.TrimSpace(s.Story))
 	for _, v := range s.Variants {
-		fmt.Fprintf(out, "  %s (%s)\n      %s\n", v.Name, v.Role, v.Summary)
+		full := ""
+		if v.Full {
+			full = ", only with --full or by name"
+		}
+		fmt.Fprintf(out, "  %s (%s%s)\n      %s\n", v.Name, v.Role, full, v.Summary)
 		if len(v.Set) > 0 {
 			fmt.Fprintf(out, "      sets %s\n", strings.Join(v.Set, " "))
 		}
