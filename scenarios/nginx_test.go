@@ -198,6 +198,9 @@ func nginxLab() netlab.Topology {
 // nginx says of its pools is compared with theory, with the kernel's count of
 // connections and with what the server has.
 func TestNginx(t *testing.T) {
+	if underRace {
+		t.Skip("the same code as the variant nginx of TestMixedPool")
+	}
 	if err := netlab.CheckPrivilege(); err != nil {
 		skip(t, err.Error())
 	}

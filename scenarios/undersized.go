@@ -23,7 +23,7 @@ var UndersizedPool = Scenario{
 	Variants: []Variant{
 		{Name: "incident", Role: results.Incident, Set: remedy(),
 			Summary: "more calls at a time than the pool keeps: each one returned beyond MaxIdle is closed, and 100 local ports are gone"},
-		{Name: "more-ports", Role: results.FalseLead, Set: remedy("ports=200"),
+		{Name: "more-ports", Role: results.FalseLead, Set: remedy("ports=200", "for=4s"),
 			Summary: "a remedy that suggests itself: twice the port range; it only takes longer"},
 		{Name: "wait", Role: results.FalseLead, Set: remedy("wait=true"),
 			Summary: "half of the article's remedy: Wait=true alone; as long as MaxIdle is below MaxActive the pool goes on closing"},
@@ -127,7 +127,7 @@ type undersized struct {
 
 func newUndersized() *undersized {
 	return &undersized{
-		Client: clientRedigo, Rate: 600, Ops: 4, For: 4 * time.Second, Latency: 16_700 * time.Microsecond, Timeout: 5 * time.Second,
+		Client: clientRedigo, Rate: 600, Ops: 4, For: 3 * time.Second, Latency: 16_700 * time.Microsecond, Timeout: 5 * time.Second,
 		MaxIdle: 16, MaxActive: 60, PoolSize: 60, DialerRetries: 1,
 		BatchCommands: 3, BatchDelay: 5 * time.Millisecond, BatchConns: 1,
 		Ports: 100, ReuseDelay: 1000, SYNBacklog: 512,

@@ -19,6 +19,7 @@ const (
 	metricNoLocalPort  = "Calls.Failed.no_local_port"
 	metricOtherFailed  = "Calls.Failed.Otherwise"
 	metricFirstNoPort  = "NoLocalPort.First"
+	metricTWAtEnd      = "TIME_WAIT.End"
 	metricHalf         = "Ports.Half"
 	metricConnectsLeft = "Connects.Unaccounted"
 	metricGoTries      = "Connects.NoLocalPort.Beyond"
@@ -188,6 +189,7 @@ func byModel(predicted, sd float64) results.Tolerance {
 func (p *legPrediction) exhaustion(m, sd modelled) {
 	const note = "time to exhaustion: when the first dial finds no local port"
 	if p.Ports < manyPorts {
+		p.add(metricNoLocalPort, "calls", "model(λ, g, W, m, c, P)", m.noPort, byModel(m.noPort, sd.noPort), "connect: cannot assign requested address")
 		p.add(metricFirstNoPort, "s", "model(λ, g, W, m, c, P)", m.firstNo, byModel(m.firstNo, sd.firstNo), note)
 		return
 	}
@@ -225,6 +227,7 @@ func (p *legPrediction) pooled(role results.Role, rules KernelRules) {
 		p.exhaustion(m, sd)
 		if p.For < timeWaitLength {
 			p.add(metricDials, "connections", "P", float64(p.Ports), results.Exactly(), "every port was used, and once: those in use and those in TIME_WAIT")
+			p.add(metricTWAtEnd, "sockets", "P − m", p.inputs["P"]-p.inputs["m"], results.Exactly(), "TIME_WAITs when all calls are over: all ports but those of the idle connections")
 		}
 	case role == results.Incident || role == results.FalseLead:
 		symptom("the symptom must show: cannot assign requested address")

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -39,7 +40,7 @@ type undersizedLegRun struct {
 
 	report     *pool.Report
 	account    pool.Account // when the last call had ended
-	batches    pool.BatchStats
+	batched    pool.BatchStats
 	began, end time.Time
 	churned    int64 // connections closed in the steady state
 	tw         int64 // TIME_WAITs of the host, when all were there
@@ -224,7 +225,7 @@ func (l *undersizedLegRun) run(ctx context.Context) (err error) {
 	}
 	l.server = servedNow.since(served)
 	if batching, ok := p.(*pool.Batching); ok {
-		l.batches = batching.Stats()
+		l.batched = batching.Stats()
 	}
 	if err := l.report.Balanced(); err != nil {
 		return err
@@ -344,11 +345,12 @@ func (l *undersizedLegRun) fill(timeline *observe.Timeline) error {
 	opens := deltas["Tcp.ActiveOpens"]
 	l.metric("Tcp.ActiveOpens", float64(opens), "connections")
 	l.metric(metricOpensLeft, float64(opens-a.Dials), "connections")
-	l.metric("TIME_WAIT.End", float64(l.tw), "sockets")
+	l.metric(metricTWAtEnd, float64(l.tw), "sockets")
 	l.metric(metricTWLeft, float64(a.Closed-l.tw), "sockets")
 	l.metric("TIME_WAIT.OfPorts", float64(l.tw)/float64(l.Ports), "")
 	if l.firstNo > 0 {
 		l.metric(metricFirstNoPort, l.firstNo.Seconds(), "s")
+		l.metric("NoLocalPort.PerSecond", ratio(float64(failed[loadgen.NoLocalPort]), (l.For-l.firstNo).Seconds()), "calls/s")
 	}
 	if l.half > 0 {
 		l.metric(metricHalf, l.half.Seconds(), "s")
@@ -373,6 +375,11 @@ func (l *undersizedLegRun) judgeGenerator() {
 	if p99 := l.lateness.Quantile(0.99); p99 > churnLateness {
 		l.arm.v.Void(fmt.Sprintf("%s: the generator fell behind: 1 %% of calls started more than %v late", l.label, p99.Round(time.Millisecond)))
 	}
+	// On the way to Redis and back, and through two schedulers, a quiet machine takes half a
+	// millisecond.
+	if p50 := l.report.Keeping.Load.Latency.Quantile(0.5); !l.batches() && !l.Wait && l.Ceiling == 0 && p50 > l.Latency+l.Latency/20+time.Millisecond {
+		l.arm.v.Void(fmt.Sprintf("%s: the machine was too busy: half of the calls took more than %v, and Redis %v of that", l.label, p50.Round(100*time.Microsecond), l.Latency))
+	}
 }
 
 func (l *undersizedLegRun) fillLatency() {
@@ -386,8 +393,8 @@ func (l *undersizedLegRun) fillLatency() {
 	}
 	l.metric(metricMeanLatency, load.Latency.Mean().Seconds(), "s")
 	l.metric("Calls.InUse", l.busy.Seconds()/l.For.Seconds(), "calls") // Little: λ·W
-	if l.batches.Batches > 0 {
-		l.metric(metricBatch, float64(l.batches.Commands)/float64(l.batches.Batches), "commands")
+	if l.batched.Batches > 0 {
+		l.metric(metricBatch, float64(l.batched.Commands)/float64(l.batched.Batches), "commands")
 	}
 	commands := float64(load.OK)
 	if commands == 0 || l.arm.u.Beside {
@@ -401,18 +408,38 @@ func (l *undersizedLegRun) fillLatency() {
 	l.metric("Client.Syscalls", float64(l.usage.syscalls)/commands, "syscalls")
 }
 
-// fillGroups records the numbers without dimension that make two runs of different
-// size the same experiment.
+// group is a number without dimension: two runs in which all are the same are the same
+// experiment.
+type group struct {
+	name  string
+	value float64
+}
+
+// groups are those of a pool that keeps connections.
+func (u *undersized) groups(rules KernelRules) []group {
+	return []group{
+		{"m/√(λWg)", float64(u.MaxIdle) / u.swing()},
+		{"λW/c", ratio(u.Rate*u.Latency.Seconds(), float64(u.MaxActive))},
+		{"g/m", ratio(float64(u.Ops), float64(u.MaxIdle))},
+		{"P/c", ratio(float64(u.Ports), float64(u.MaxActive))},
+		{"churn·R/P", churnLaw(u.Rate, u.Ops, u.Sync, u.MaxIdle) * remembered(rules).Seconds() / float64(u.Ports)},
+	}
+}
+
+// fillGroups records the groups, beside those of full size.
 func (l *undersizedLegRun) fillGroups() {
 	if l.Client != clientRedigo || l.Latency == 0 {
 		return
 	}
-	inUse := l.Rate * l.Latency.Seconds()
-	l.metric("Group.m/√(λWg)", float64(l.MaxIdle)/l.swing(), "")
-	l.metric("Group.λW/c", ratio(inUse, float64(l.MaxActive)), "")
-	l.metric("Group.g/m", ratio(float64(l.Ops), float64(l.MaxIdle)), "")
-	l.metric("Group.P/c", ratio(float64(l.Ports), float64(l.MaxActive)), "")
-	l.metric("Group.Churn·R/P", churnLaw(l.Rate, l.Ops, l.Sync, l.MaxIdle)*remembered(ReadKernelRules()).Seconds()/float64(l.Ports), "")
+	rules := ReadKernelRules()
+	full := newUndersized()
+	_ = apply(full, fullSize()) // a test applies it
+	words := make([]string, 0, 5)
+	for i, g := range l.groups(rules) {
+		l.metric("Group."+g.name, g.value, "")
+		words = append(words, fmt.Sprintf("%s %.2g (%.2g)", g.name, g.value, full.groups(rules)[i].value))
+	}
+	l.arm.v.Evidence = append(l.arm.v.Evidence, l.label+": without dimension (at full size): "+strings.Join(words, ", "))
 }
 
 // ratio is 0 where there is nothing to divide by.
