@@ -11,7 +11,13 @@ import (
 // checks collects what is wrong with a scenario's parameters, a sentence each.
 type checks []error
 
-func (c *checks) bad(format string, args ...any) { *c = append(*c, fmt.Errorf(format, args...)) }
+// bad adds a sentence, once: legs of one arm can have the same fault.
+func (c *checks) bad(format string, args ...any) {
+	err := fmt.Errorf(format, args...)
+	if !slices.ContainsFunc(*c, func(known error) bool { return known.Error() == err.Error() }) {
+		*c = append(*c, err)
+	}
+}
 
 // within wants low ≤ value ≤ high, which NaN is not.
 func (c *checks) within(name string, value, low, high float64) {

@@ -53,6 +53,8 @@ var UndersizedPool = Scenario{
 			Summary: "another error, that looks alike: more in use than MaxActive gives “connection pool exhausted”, by Erlang's formula, and no port is missing"},
 		{Name: "ceiling", Role: results.Control, Set: []string{"rate=3000", "ceiling=2500", "latency=0s", "ops=1", "max-idle=50", "max-active=50", "ports=25232", "for=4s"},
 			Summary: "a Redis at its limit of requests a second: latency rises until MaxActive/limit, and what is too much is refused"},
+		{Name: "ceiling-batching", Role: results.Fix, Set: []string{"client=batch", "rate=3000", "ceiling=2500", "latency=0s", "ops=1", "ports=25232", "for=4s"},
+			Summary: "the same Redis and calls, merged into pipelines: a third of the requests, far below its limit, and nothing is refused"},
 		{Name: "short", Role: results.Incident, Set: []string{"rate=10", "ops=1", "latency=0s", "max-idle=0", "max-active=0", "ports=100", "for=66s"},
 			Summary: "the ceiling of short connections: each port once in TIME_WAIT's minute, P/60 a second"},
 		{Name: "short-reuse", Role: results.Incident, Set: []string{"rate=1500", "ops=1", "latency=0s", "max-idle=0", "max-active=0", "ports=100", "for=4s", "tw-reuse=1", "sweep=reuse-delay=1000,100", "beside=true"},

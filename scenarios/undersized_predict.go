@@ -298,6 +298,9 @@ func (p *legPrediction) batching() {
 		return
 	}
 	p.add(metricDials, "connections", "conns", p.inputs["conns"], results.Exactly(), "the connections of the batching client, however slow Redis is")
+	if p.Ceiling > 0 && p.Rate/p.meanBatch() < float64(p.Ceiling)/2 {
+		p.add(metricMeanLatency, "s", "t", p.inputs["t"], results.AtMost(), "Redis, asked less than half as often as it can serve, keeps nobody waiting; collecting takes less than t")
+	}
 	if p.Ops == 1 {
 		mean := p.meanBatch()
 		p.add(metricBatch, "commands", "1 + E[min(Poisson(λ·t/conns), k−1)]", mean, results.Within(0.05), "commands in a batch: sent when it has k, or t after its first")

@@ -30,6 +30,8 @@ type undersizedRun struct {
 	lab    *netlab.Lab
 	target *target
 	legs   []*undersizedLegRun
+
+	control sync.Mutex // of the target's control connection, which legs side by side share
 }
 
 // undersizedLegRun is one leg.
@@ -198,7 +200,7 @@ func (l *undersizedLegRun) run(ctx context.Context) (err error) {
 		l.arm.opt.progress("%s: %d calls, %d in flight, %d failed; %d connections opened, %d closed, %d times no local port", l.label, s.Due, s.InFlight, s.Failed, a.Dials, a.Closed, a.NoLocalPort)
 	})
 	defer stop()
-	served, err := l.arm.target.usage()
+	served, err := l.arm.serverUsage()
 	if err != nil {
 		return err
 	}
@@ -219,7 +221,7 @@ func (l *undersizedLegRun) run(ctx context.Context) (err error) {
 		return err
 	}
 	l.usage = now.since(used)
-	servedNow, err := l.arm.target.usage()
+	servedNow, err := l.arm.serverUsage()
 	if err != nil {
 		return err
 	}
@@ -241,10 +243,14 @@ func (l *undersizedLegRun) watchSteady(p pool.Pool) func() int64 {
 	look := func() { counts <- p.Account().Closed }
 	first, second := time.AfterFunc(from, look), time.AfterFunc(to, look)
 	return func() int64 {
-		if first.Stop() || second.Stop() {
+		if first.Stop() {
+			second.Stop()
 			return 0 // the run was broken off
 		}
 		before := <-counts
+		if second.Stop() {
+			look() // the last call ended before its time
+		}
 		return <-counts - before
 	}
 }
@@ -523,17 +529,14 @@ func (u serverUsage) since(before serverUsage) serverUsage {
 	return serverUsage{u.requests - before.requests, u.commands - before.commands, u.cpu - before.cpu}
 }
 
-// oneAtATime is for the control connection, which legs side by side share.
-var oneAtATime sync.Mutex
-
-func (t *target) usage() (u serverUsage, err error) {
-	oneAtATime.Lock()
-	defer oneAtATime.Unlock()
-	stats, err := t.info("stats")
+func (r *undersizedRun) serverUsage() (u serverUsage, err error) {
+	r.control.Lock()
+	defer r.control.Unlock()
+	stats, err := r.target.info("stats")
 	if err != nil {
 		return u, err
 	}
-	cpu, err := t.info("cpu")
+	cpu, err := r.target.info("cpu")
 	if err != nil {
 		return u, err
 	}
