@@ -182,6 +182,13 @@ func (u *undersized) swing() float64 {
 	return math.Sqrt(u.Rate * u.Latency.Seconds() * step)
 }
 
+// queues says that calls may wait for a connection of the pool, because it has fewer than
+// are now and then in use.
+func (u *undersized) queues() bool {
+	p := u.pooling(KernelRules{})
+	return p.wait && float64(p.active) < u.Rate*u.Latency.Seconds()+3*u.swing()
+}
+
 // steady is the time in which as many connections are dialed as closed: at first those
 // are dialed that are in use, and in the end all are returned.
 func (u *undersized) steady() (from, to time.Duration) { return 2 * u.Latency, u.For }

@@ -12,28 +12,31 @@ import (
 
 // Metrics of a leg, after its label and a slash.
 const (
-	metricDials        = "Dials"
-	metricChurned      = "Dials.Closed"
-	metricChurn        = "Churn"
-	metricExhausted    = "Calls.Failed.pool_exhausted"
-	metricNoLocalPort  = "Calls.Failed.no_local_port"
-	metricOtherFailed  = "Calls.Failed.Otherwise"
-	metricFirstNoPort  = "NoLocalPort.First"
-	metricTWAtEnd      = "TIME_WAIT.End"
-	metricHalf         = "Ports.Half"
-	metricConnectsLeft = "Connects.Unaccounted"
-	metricGoTries      = "Connects.NoLocalPort.Beyond"
-	metricOpensLeft    = "Dials.Unaccounted"
-	metricTWLeft       = "TIME_WAIT.Unaccounted"
-	metricMeanLatency  = "Latency.Mean"
-	metricPortAgain    = "Ports.UsedAgainAfter"
-	metricDialRate     = "Dials.PerSecond"
-	metricBatch        = "Batch.Mean"
-	metricRequests     = "Requests.PerCommand"
-	metricRequestRatio = "Requests.Ratio"
-	metricSyscallRatio = "Syscalls.Ratio"
-	metricLatencyCost  = "Latency.Added"
-	metricConnectCPU   = "Connect.CPU"
+	metricDials       = "Dials"
+	metricChurned     = "Dials.Closed"
+	metricChurn       = "Churn"
+	metricExhausted   = "Calls.Failed.pool_exhausted"
+	metricNoLocalPort = "Calls.Failed.no_local_port"
+	metricOtherFailed = "Calls.Failed.Otherwise"
+	metricFirstNoPort = "NoLocalPort.First"
+	// What Redis was told is checked against what it says that it did.
+	metricServerLatency = "Redis.Latency"
+	metricRequestRate   = "Requests.PerSecond"
+	metricTWAtEnd       = "TIME_WAIT.End"
+	metricHalf          = "Ports.Half"
+	metricConnectsLeft  = "Connects.Unaccounted"
+	metricGoTries       = "Connects.NoLocalPort.Beyond"
+	metricOpensLeft     = "Dials.Unaccounted"
+	metricTWLeft        = "TIME_WAIT.Unaccounted"
+	metricMeanLatency   = "Latency.Mean"
+	metricPortAgain     = "Ports.UsedAgainAfter"
+	metricDialRate      = "Dials.PerSecond"
+	metricBatch         = "Batch.Mean"
+	metricRequests      = "Requests.PerCommand"
+	metricRequestRatio  = "Requests.Ratio"
+	metricSyscallRatio  = "Syscalls.Ratio"
+	metricLatencyCost   = "Latency.Added"
+	metricConnectCPU    = "Connect.CPU"
 )
 
 // Predict implements [Experiment].
@@ -110,8 +113,11 @@ func (p *legPrediction) accounts() {
 	p.add(metricConnectsLeft, "connects", "0", 0, results.Exactly(), "connect(2) calls − those that opened a connection − those that found no local port (EADDRNOTAVAIL)")
 	p.add(metricOpensLeft, "connections", "0", 0, results.Exactly(), "Tcp.ActiveOpens of the client host − connections that its client dialed")
 	p.add(metricOtherFailed, "calls", "0", 0, results.Exactly(), "calls that failed in other ways than the pool and the ports make them fail")
-	if p.Client == clientRedigo {
-		p.add(metricGoTries, "connects", "0", 0, results.AtLeast(), "connect(2) calls that found no local port − 3 for each dial that failed so: Go's Dial tries twice more")
+	if p.Client == clientRedigo && p.TWReuse == 0 && p.For < timeWaitLength-2*time.Second {
+		p.add(metricGoTries, "connects", "0", 0, results.Exactly(), "connect(2) calls that found no local port − 3 for each call that failed so: no port comes free between the tries that Go's Dial makes")
+	}
+	if w := p.inputs["W"]; w > 0 && p.Ceiling == 0 {
+		p.add(metricServerLatency, "s", "W", w, results.PlusMinus(w/20+0.001), "what a request took at Redis, by its own account: the latency that it was told to have")
 	}
 	if p.For < timeWaitLength-2*time.Second && p.TWReuse == 0 {
 		p.add(metricTWLeft, "sockets", "0", 0, results.Exactly(), "connections that the client closed − its TIME_WAITs: who closes first has them, for a minute")
@@ -206,7 +212,7 @@ const burstCloses = 10
 // churned is the claim about connections that the pool closes.
 func (p *legPrediction) churned(m, sd modelled) {
 	tol := byModel(m.closed, sd.closed)
-	if p.MaxIdle < p.MaxActive {
+	if pool := p.pooling(KernelRules{}); pool.idle < pool.active {
 		tol.Amount += burstCloses
 	}
 	p.add(metricChurned, "connections", "model(λ, g, W, m, c)", m.closed, tol, "connections returned for which the pool has no place: each is a TIME_WAIT")
@@ -236,7 +242,9 @@ func (p *legPrediction) pooled(role results.Role, rules KernelRules) {
 		p.churned(m, sd)
 	}
 	if p.MaxActive > 0 && !p.Wait && p.Client == clientRedigo && (m.noPort == 0 || p.Ports < manyPorts) {
-		p.add(metricExhausted, "calls", "model(λ, g, W, m, c)", m.exhausted, byModel(m.exhausted, sd.exhausted), "redigo: connection pool exhausted")
+		tol := byModel(m.exhausted, sd.exhausted)
+		tol.Amount += 2 * p.inputs["g"] // a heartbeat or two find the pool full that the model has just before or after that
+		p.add(metricExhausted, "calls", "model(λ, g, W, m, c)", m.exhausted, tol, "redigo: connection pool exhausted")
 		if p.Ops == 1 && p.MaxIdle == p.MaxActive && m.exhausted > 100 {
 			e := p.Rate * p.For.Seconds() * erlangB(p.MaxActive, p.Rate*p.Latency.Seconds())
 			p.add(metricExhausted, "calls", "λ·T·B(c, λ·W)", e, results.Within(0.1), "the same by Erlang's loss formula: calls that find all c connections in use")
@@ -248,6 +256,14 @@ func (p *legPrediction) pooled(role results.Role, rules KernelRules) {
 	from, to := p.steady()
 	steady := (to - from).Seconds()
 	law := churnLaw(p.Rate, p.Ops, p.Sync, p.MaxIdle)
+	third := p.inputs["m"] / 3
+	onset := third * third / (p.Rate * p.inputs["g"]) // W*
+	switch x := p.Latency.Seconds() / onset; {
+	case x <= 0.25:
+		p.add(metricChurn, "connections/s", "λ/(m+1)/10", law/10, results.AtMost(), fmt.Sprintf("a quarter of W* = (m/3)²/λ = %.3g s or less: next to nothing is closed", onset))
+	case x > 0.9 && x < 1.1:
+		p.add(metricChurn, "connections/s", "0.65·λ/(m+1)", 0.65*law, results.Within(0.25), fmt.Sprintf("at W* = (m/3)²/λ = %.3g s: half to four fifths of the law", onset))
+	}
 	if float64(p.MaxIdle) > 3*p.swing() {
 		p.add(metricChurn, "connections/s", "λ/(m+1)/3", law/3, results.AtMost(), "far beyond the swing √(λ·W) the law does not hold: hardly one is closed")
 		return
@@ -265,11 +281,14 @@ func (p *legPrediction) pooled(role results.Role, rules KernelRules) {
 // ceiling is about a Redis at its limit.
 func (p *legPrediction) ceiling() {
 	p.add(metricNoLocalPort, "calls", "0", 0, results.Exactly(), "no dial finds all ports taken")
-	if p.Rate <= float64(p.Ceiling) || p.MaxActive == 0 || p.Wait {
+	in := p.inputs
+	// Long enough that the time until all connections are in use does not count.
+	if p.Client != clientRedigo || p.MaxActive == 0 || p.Wait || (in["λ"]-in["C"])*in["T"] < 20*in["c"] {
 		return
 	}
-	in := p.inputs
 	p.add(metricMeanLatency, "s", "c/C", in["c"]/in["C"], results.Within(0.1), "latency rises until all connections are in use: each of c calls waits for the others")
+	p.add(metricRequestRate, "requests/s", "C", in["C"], results.Within(0.03), "what Redis serves: its limit")
+	p.add(metricServerLatency, "s", "c/C", in["c"]/in["C"], results.Within(0.1), "what a request took at Redis, by its own account: nearly all of it is waiting for its turn")
 	p.add(metricExhausted, "calls", "n − C·T − c", in["n"]-in["C"]*in["T"]-in["c"], results.Within(0.1), "what comes beyond the limit is refused: connection pool exhausted")
 	p.add(metricChurned, "connections", "(λ−C)·T/10", (in["λ"]-in["C"])*in["T"]/10, results.AtMost(), "hardly a connection is closed: none is idle")
 }
@@ -283,7 +302,9 @@ func (p *legPrediction) short(rules KernelRules) {
 		return
 	}
 	p.add(metricNoLocalPort, "calls", "1", 1, results.AtLeast(), "the symptom must show: cannot assign requested address")
-	p.add(metricFirstNoPort, "s", "P/λ", in["P"]/in["λ"], results.Within(0.3), "time to exhaustion")
+	m := model(p.callers(), p.pooling(rules))
+	p.add(metricFirstNoPort, "s", "model(λ, P)", m.firstNo, results.PlusMinus(0.2), "time to exhaustion: when the call comes that is one too many")
+	p.add(metricFirstNoPort, "s", "P/λ", in["P"]/in["λ"], results.Within(0.3), "the same on average")
 	if p.For > steadyFrom(rules)+2*time.Second {
 		p.add(metricPortAgain, "s", "R", in["R"], results.PlusMinus(rules.TimeWaitRounding.Seconds()/2+10/in["λ"]),
 			"from the first use of the first port to the next use of any: the ceiling is P/R connections a second")
@@ -319,14 +340,24 @@ func (u *undersized) meanBatch() float64 {
 func (u *undersized) predictSavings(legs []undersizedLeg) []results.Prediction {
 	var claims []results.Prediction
 	for _, l := range legs[1:] {
-		if l.Client != clientBatch || l.Ops > 1 || legs[0].batches() {
+		if l.Ops > 1 || l.Rate < 1000 || legs[0].Client != clientRedigo {
+			continue
+		}
+		if l.Client == clientAuto {
+			p := &legPrediction{undersizedLeg: l, inputs: map[string]float64{"W": l.Latency.Seconds()}}
+			p.add(metricRequestRatio, "", "1/2", 0.5, results.AtMost(), "requests that Redis reads, beside "+legs[0].label)
+			p.add(metricSyscallRatio, "", "1/2", 0.5, results.AtMost(), "reads and writes of this process for each command, beside "+legs[0].label)
+			p.add(metricLatencyCost, "s", "W + 0.002", l.Latency.Seconds()+0.002, results.AtMost(), "mean latency that it costs: a call waits for the batch before its own, W at most")
+			claims = append(claims, p.claims...)
+		}
+		if l.Client != clientBatch {
 			continue
 		}
 		p := &legPrediction{undersizedLeg: l, inputs: map[string]float64{"λ": l.Rate, "k": float64(l.BatchCommands), "t": l.BatchDelay.Seconds(), "conns": float64(l.BatchConns)}}
 		p.add(metricRequestRatio, "", "1/(1 + E[min(Poisson(λ·t/conns), k−1)])", 1/l.meanBatch(), results.Within(0.07), "requests that Redis reads, beside "+legs[0].label)
-		p.add(metricSyscallRatio, "", "0.8", 0.8, results.AtMost(), "reads and writes of the client process for each command, beside "+legs[0].label)
+		p.add(metricSyscallRatio, "", "1/(1 + E[min(Poisson(λ·t/conns), k−1)])", 1/l.meanBatch(), results.PlusMinus(0.1), "reads and writes of this process for each command, beside "+legs[0].label+": one of each for a batch")
 		delay := pool.BatchDelay(l.Rate/float64(l.BatchConns), l.BatchCommands, l.BatchDelay)
-		p.add(metricLatencyCost, "s", "t", l.BatchDelay.Seconds(), results.AtMost(), fmt.Sprintf("mean latency that it costs: %v by the formula of collecting, and never t", delay.Round(10*time.Microsecond)))
+		p.add(metricLatencyCost, "s", "delay(λ, k, t)", delay.Seconds(), results.PlusMinus(0.0005), "mean latency that it costs: how long a command waits until its batch is sent")
 		claims = append(claims, p.claims...)
 	}
 	return claims

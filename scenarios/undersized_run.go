@@ -321,14 +321,14 @@ func (l *undersizedLegRun) fill(timeline *observe.Timeline) error {
 	load, a := l.report.Keeping.Load, l.account
 	l.judgeGenerator()
 	l.metric("Calls.OK", float64(load.OK), "calls")
-	failed := loadgen.Counts{loadgen.NoLocalPort: 0, loadgen.PoolExhausted: 0}
+	failed := loadgen.Counts{loadgen.NoLocalPort: 0, loadgen.PoolExhausted: 0, loadgen.PoolTimeout: 0}
 	for class, n := range load.Failed {
 		failed[class] += n
 	}
 	for class, n := range failed {
 		l.metric("Calls.Failed."+string(class), float64(n), "calls")
 	}
-	l.metric(metricOtherFailed, float64(load.Failed.Sum()-failed[loadgen.NoLocalPort]-failed[loadgen.PoolExhausted]), "calls")
+	l.metric(metricOtherFailed, float64(load.Failed.Sum()-failed[loadgen.NoLocalPort]-failed[loadgen.PoolExhausted]-failed[loadgen.PoolTimeout]), "calls")
 
 	seconds := l.For.Seconds()
 	l.metric(metricDials, float64(a.Dials), "connections")
@@ -383,7 +383,7 @@ func (l *undersizedLegRun) judgeGenerator() {
 	}
 	// On the way to Redis and back, and through two schedulers, a quiet machine takes half a
 	// millisecond.
-	if p50 := l.report.Keeping.Load.Latency.Quantile(0.5); !l.batches() && !l.Wait && l.Ceiling == 0 && p50 > l.Latency+l.Latency/20+time.Millisecond {
+	if p50 := l.report.Keeping.Load.Latency.Quantile(0.5); !l.batches() && !l.strained() && !l.queues() && l.Ceiling == 0 && p50 > l.Latency+l.Latency/20+time.Millisecond {
 		l.arm.v.Void(fmt.Sprintf("%s: the machine was too busy: half of the calls took more than %v, and Redis %v of that", l.label, p50.Round(100*time.Microsecond), l.Latency))
 	}
 }
@@ -398,17 +398,21 @@ func (l *undersizedLegRun) fillLatency() {
 		l.metric(q.name, load.Latency.Quantile(q.q).Seconds(), "s")
 	}
 	l.metric(metricMeanLatency, load.Latency.Mean().Seconds(), "s")
-	l.metric("Calls.InUse", l.busy.Seconds()/l.For.Seconds(), "calls") // Little: λ·W
+	l.metric("Calls.InUse", l.busy.Seconds()/l.end.Sub(l.began).Seconds(), "calls") // Little: λ·W
 	if l.batched.Batches > 0 {
 		l.metric(metricBatch, float64(l.batched.Commands)/float64(l.batched.Batches), "commands")
+	}
+	if l.Latency+time.Duration(l.Ceiling) > 0 {
+		l.metric(metricServerLatency, l.server.latency(l.Latency).Seconds(), "s")
 	}
 	commands := float64(load.OK)
 	if commands == 0 || l.arm.u.Beside {
 		return // legs side by side have this process and Redis in common
 	}
-	l.metric("Requests.PerSecond", float64(l.server.requests)/l.For.Seconds(), "requests/s")
+	elapsed := l.end.Sub(l.began).Seconds()
+	l.metric(metricRequestRate, float64(l.server.requests)/elapsed, "requests/s")
 	l.metric(metricRequests, float64(l.server.requests)/commands, "requests")
-	l.metric("Commands.PerSecond", float64(l.server.commands)/l.For.Seconds(), "commands/s")
+	l.metric("Commands.PerSecond", float64(l.server.commands)/elapsed, "commands/s")
 	l.metric("Server.CPU", l.server.cpu.Seconds()/commands, "s")
 	l.metric("Client.CPU", l.usage.cpu.Seconds()/commands, "s")
 	l.metric("Client.Syscalls", float64(l.usage.syscalls)/commands, "syscalls")
@@ -473,15 +477,21 @@ func (l *undersizedLegRun) fillSeries(timeline *observe.Timeline) error {
 
 // fillRatios compares every leg with the first.
 func (r *undersizedRun) fillRatios() {
-	value := func(l *undersizedLegRun, name string) float64 { return r.v.Metrics[l.label+"/"+name].Value }
 	first := r.legs[0]
+	both := func(l *undersizedLegRun, metric, name, unit string, compare func(a, b float64) float64) {
+		a, has := r.v.Metrics[l.label+"/"+name]
+		b, firstHas := r.v.Metrics[first.label+"/"+name]
+		if has && firstHas && b.Value > 0 {
+			l.metric(metric, compare(a.Value, b.Value), unit)
+		}
+	}
 	for _, l := range r.legs[1:] {
 		if l.Client == first.Client {
 			continue
 		}
-		l.metric(metricRequestRatio, ratio(value(l, metricRequests), value(first, metricRequests)), "")
-		l.metric(metricSyscallRatio, ratio(value(l, "Client.Syscalls"), value(first, "Client.Syscalls")), "")
-		l.metric(metricLatencyCost, value(l, metricMeanLatency)-value(first, metricMeanLatency), "s")
+		both(l, metricRequestRatio, metricRequests, "", ratio)
+		both(l, metricSyscallRatio, "Client.Syscalls", "", ratio)
+		both(l, metricLatencyCost, metricMeanLatency, "s", func(a, b float64) float64 { return a - b })
 	}
 }
 
@@ -523,10 +533,29 @@ type serverUsage struct {
 	requests int64 // reads that brought something: a command, or a pipeline of them
 	commands int64
 	cpu      time.Duration
+	// Of the mini server: what has made it slow so far, apart from the latency that it was
+	// told to have.
+	waited, late    time.Duration // sums over requests that waited for their turn, and over replies that were released late
+	served, replies int64         // how many those were
 }
 
 func (u serverUsage) since(before serverUsage) serverUsage {
-	return serverUsage{u.requests - before.requests, u.commands - before.commands, u.cpu - before.cpu}
+	return serverUsage{
+		u.requests - before.requests, u.commands - before.commands, u.cpu - before.cpu,
+		u.waited - before.waited, u.late - before.late, u.served - before.served, u.replies - before.replies,
+	}
+}
+
+// latency is what a request took at Redis on average: the service time that it was told to
+// have, and what came on top of it. Nothing is told to a server that released no reply.
+func (u serverUsage) latency(told time.Duration) time.Duration {
+	if u.replies == 0 {
+		return 0
+	}
+	if u.served > 0 {
+		told += u.waited / time.Duration(u.served)
+	}
+	return told + u.late/time.Duration(u.replies)
 }
 
 func (r *undersizedRun) serverUsage() (u serverUsage, err error) {
@@ -540,7 +569,19 @@ func (r *undersizedRun) serverUsage() (u serverUsage, err error) {
 	if err != nil {
 		return u, err
 	}
-	var errs [4]error
+	var errs [8]error
+	if r.target.kind == ServerMini {
+		held, err := r.target.info("connlab")
+		if err != nil {
+			return u, err
+		}
+		u.served, errs[4] = strconv.ParseInt(held["requests_total"], 10, 64)
+		u.replies, errs[5] = strconv.ParseInt(held["releases_total"], 10, 64)
+		var waited, late int64
+		waited, errs[6] = strconv.ParseInt(held["request_wait_us_total"], 10, 64)
+		late, errs[7] = strconv.ParseInt(held["release_late_us_total"], 10, 64)
+		u.waited, u.late = time.Duration(waited)*time.Microsecond, time.Duration(late)*time.Microsecond
+	}
 	u.requests, errs[0] = strconv.ParseInt(stats["total_reads_processed"], 10, 64)
 	u.commands, errs[1] = strconv.ParseInt(stats["total_commands_processed"], 10, 64)
 	for i, name := range []string{"used_cpu_sys", "used_cpu_user"} {

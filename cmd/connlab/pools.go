@@ -30,7 +30,7 @@ func newPools() *cobra.Command {
 		Use:   "pools",
 		Short: "Send one arrival trace through several clients' pools, and compare",
 		Long: `Pools sends the same heartbeats, at the same moments, through each client in turn,
-each on a host of its own, with ports and TIME_WAITs of its own, to one Redis that is
+each on a namespaced host of its own, with ports and TIME_WAITs of its own, to one Redis that is
 as slow as you say. It prints what each client dialed, left in TIME_WAIT, failed and
 cost; --json writes the record with the predictions and the curve over time.
 
@@ -129,14 +129,15 @@ var poolColumns = []struct{ name, metric string }{
 	{"calls ok", "Calls.OK"},
 	{"failed: no local port", "Calls.Failed.no_local_port"},
 	{"failed: pool exhausted", "Calls.Failed.pool_exhausted"},
-	{"failed: otherwise", "Calls.Failed.Otherwise"},
+	{"failed: pool timeout", "Calls.Failed.pool_timeout"},
+	{"failed: in another way", "Calls.Failed.Otherwise"},
 	{"connections dialed", "Dials"},
 	{"dials per second", "Dials.PerSecond"},
 	{"TIME_WAIT at the end", "TIME_WAIT.End"},
 	{"latency p50", "Latency.P50"},
 	{"latency p99", "Latency.P99"},
 	{"latency p99.9", "Latency.P99.9"},
-	{"requests per second at Redis", "Requests.PerSecond"},
+	{"requests per second at Redis (a pipeline is one)", "Requests.PerSecond"},
 	{"commands per second at Redis", "Commands.PerSecond"},
 	{"CPU per call, client and loader", "Client.CPU"},
 	{"CPU per call, Redis", "Server.CPU"},
@@ -154,6 +155,10 @@ func writePools(out io.Writer, rec *results.Record, clients []string) error {
 		}
 		columns = append(columns, column)
 	}
+	in := func(name string) string { return name + "=" + rec.Parameters[name] }
+	fmt.Fprintf(out, "one client after the other, each with the same calls: %s\n  %s\n\n",
+		strings.Join([]string{in("rate"), in("ops"), in("sync"), in("for"), in("latency"), in("ceiling"), in("ports")}, " "),
+		strings.Join([]string{in("max-idle"), in("max-active"), in("wait"), in("pool-size"), in("max-idle-conns"), in("batch"), in("batch-delay")}, " "))
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprint(w, "\t")
 	for _, c := range clients {
@@ -176,12 +181,7 @@ func writePools(out io.Writer, rec *results.Record, clients []string) error {
 		return err
 	}
 	fmt.Fprintf(out, "\n%s: %s\n", v.Verdict, v.Reason)
-	for _, p := range v.Predictions {
-		if p.Verdict == results.Refuted {
-			fmt.Fprintf(out, "refuted: %s: predicted %.6g, measured %.6g (%s)\n", p.Metric, p.Predicted, *p.Measured, p.Note)
-		}
-	}
-	for _, text := range slices.Concat(v.Voids, v.Warnings) {
+	for _, text := range v.Warnings {
 		fmt.Fprintln(out, text)
 	}
 	return nil

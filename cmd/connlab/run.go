@@ -92,7 +92,7 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 	f := cmd.Flags()
 	f.StringSliceVar(&opt.Variants, "variant", nil, "run only this `variant` (may be given more than once)")
 	f.StringArrayVar(&opt.Set, "set", nil, "set a parameter of every variant: `name=value`; see `connlab show INCIDENT`")
-	f.BoolVar(&opt.Full, "full", false, "run the variants of full size, which are left out otherwise; see `connlab list`")
+	f.BoolVar(&opt.Full, "full", false, "run only the variants of full size, which are left out otherwise (see: connlab list); four minutes for undersized-pool")
 	f.StringVar(&opt.Server, "server", scenarios.ServerMini, "the `server` under test: mini or redis")
 	f.BoolVar(&asJSON, "json", false, "write the record as one JSON document to standard output")
 	f.StringVar(&save, "save", "", "also save the record in this `directory`")

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -78,6 +79,8 @@ func NewGoRedis(cfg GoRedisConfig) *GoRedis {
 	quietGoRedis()
 	cfg.Timeout = cmp.Or(cfg.Timeout, defaultTimeout)
 	cfg.PoolTimeout = cmp.Or(cfg.PoolTimeout, cfg.Timeout+time.Second)
+	// Its default, as it is now: players of schedules change GOMAXPROCS.
+	cfg.PoolSize = cmp.Or(cfg.PoolSize, 10*runtime.GOMAXPROCS(0))
 	return &GoRedis{cfg: cfg, ledger: ledger{dial: cfg.Dial}, clients: map[netip.AddrPort]*goredis.Client{}}
 }
 
