@@ -447,7 +447,7 @@ func (l *undersizedLegRun) fillGroups() {
 	words := make([]string, 0, 5)
 	for i, g := range l.groups(rules) {
 		l.metric("Group."+g.name, g.value, "")
-		words = append(words, fmt.Sprintf("%s %.2g (%.2g)", g.name, g.value, full.groups(rules)[i].value))
+		words = append(words, fmt.Sprintf("%s %.3g (%.3g)", g.name, g.value, full.groups(rules)[i].value))
 	}
 	l.arm.v.Evidence = append(l.arm.v.Evidence, l.label+": without dimension (at full size): "+strings.Join(words, ", "))
 }
