@@ -189,6 +189,13 @@ func (u *undersized) queues() bool {
 	return p.wait && float64(p.active) < u.Rate*u.Latency.Seconds()+3*u.swing()
 }
 
+// churns says that calls that come in a lump make the pool close connections: it keeps
+// fewer than it may have, and they are in use for long.
+func (u *undersized) churns() bool {
+	p := u.pooling(KernelRules{})
+	return !u.batches() && !u.shortConnections() && u.Latency >= 5*time.Millisecond && (p.active == 0 || p.idle < p.active)
+}
+
 // steady is the time in which as many connections are dialed as closed: at first those
 // are dialed that are in use, and in the end all are returned.
 func (u *undersized) steady() (from, to time.Duration) { return 2 * u.Latency, u.For }

@@ -373,6 +373,9 @@ func (l *undersizedLegRun) fill(timeline *observe.Timeline) error {
 // goes through a pool in larger steps, and makes it close and dial more than its law says.
 const churnLateness = 5 * time.Millisecond
 
+// mostLump is how many calls may come at once that should have come one after the other.
+const mostLump = 30
+
 // judgeGenerator makes a run void whose calls did not come when they were due.
 func (l *undersizedLegRun) judgeGenerator() {
 	if n := l.report.Keeping.Load.NotStarted; n > 0 {
@@ -380,6 +383,12 @@ func (l *undersizedLegRun) judgeGenerator() {
 	}
 	if p99 := l.lateness.Quantile(0.99); p99 > churnLateness {
 		l.arm.v.Void(fmt.Sprintf("%s: the generator fell behind: 1 %% of calls started more than %v late", l.label, p99.Round(time.Millisecond)))
+	}
+	// A single pause is too short for the percentile, and makes one lump: as many connections
+	// more may be closed.
+	pause := l.lateness.Quantile(1)
+	if lump := l.Rate * pause.Seconds(); l.churns() && l.half == 0 && lump > max(mostLump, 3*l.swing()) {
+		l.arm.v.Void(fmt.Sprintf("%s: the generator paused for %v, and %.0f calls came at once", l.label, pause.Round(time.Millisecond), lump))
 	}
 	// On the way to Redis and back, and through two schedulers, a quiet machine takes half a
 	// millisecond.
