@@ -36,7 +36,7 @@ var Backlog = Scenario{
 		{Name: "somaxconn-128", Role: results.FalseLead, Set: []string{"backlog=2048", "somaxconn=128"},
 			Summary: "a longer backlog alone: the kernel cuts it to somaxconn, and it is worse than before"},
 		{Name: "abort-on-overflow", Role: results.FalseLead, Set: []string{"abort=1"},
-			Summary: "tcp_abort_on_overflow=1 without latency: SYNs are dropped all the same, and nobody is told"},
+			Summary: "tcp_abort_on_overflow=1 without latency: SYNs are dropped all the same, and next to nobody is told"},
 		{Name: "backlog-2900", Role: results.Fix, Set: []string{"backlog=2900"},
 			Summary: "a queue of at least λT places: nothing is dropped, and every client waits for up to the whole stall"},
 		{Name: "long-connections", Role: results.Fix, Set: []string{"over-held=true"},
@@ -364,14 +364,23 @@ func (b *backlog) predictArrivals(q acceptQueue) []results.Prediction {
 		return append(claims, claim(metricTimeouts, "connections", "λ·max(0, T − (B+1)/λ − r)", inputs, gaveUp, results.Within(0.05),
 			fmt.Sprintf("r: the last SYN within the timeout of %v", b.Timeout)))
 	}
-	if unserved == 0 {
-		claims = append(claims, claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "patient clients connect in the end"))
-	}
 	// Retransmissions fire together, a tick of the timer wheel at a time, and
 	// are answered together. A lump that meets the queue as it is emptied may
-	// get more SYN-ACKs than there are places: its last ACKs are dropped.
+	// get more SYN-ACKs than there are places: its last ACKs are dropped, and
+	// with tcp_abort_on_overflow answered with RST.
 	if unserved == 0 {
-		claims = append(claims, claim(metricDroppedACKs, "ACKs", "0", nil, 0, results.PlusMinus(math.Ceil(q.Rate*q.Rounding.Seconds())),
+		lump := math.Ceil(q.Rate * q.Rounding.Seconds())
+		if b.Abort == 1 {
+			inputs["h"] = q.Rounding.Seconds()
+			claims = append(claims,
+				claim(metricResets, "connections", "λ·h", inputs, lump, results.AtMost(),
+					"reset: at most one lump of SYN retries, those of one step h of the timer wheel, which meets the queue as it is emptied; a dropped SYN is never answered"),
+				claim(metricTimeouts, "connections", "0", nil, 0, results.Exactly(), "all others connect in the end"),
+				claim(metricReadTimeouts, "connections", "0", nil, 0, results.Exactly(), "and are served"))
+		} else {
+			claims = append(claims, claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "patient clients connect in the end"))
+		}
+		claims = append(claims, claim(metricDroppedACKs, "ACKs", "0", nil, 0, results.PlusMinus(lump),
 			fmt.Sprintf("ListenOverflows − RetransSegs of both ends: every SYN dropped is sent again, but for at most one lump of λ·%v SYN retries", q.Rounding)))
 	}
 	counts := q.byRetry()

@@ -1,6 +1,8 @@
 package scenarios
 
 import (
+	"container/heap"
+	"iter"
 	"math"
 	"time"
 
@@ -39,60 +41,69 @@ type modelled struct {
 // (redis/pool.go, Pool.get and put; internal/pool, ConnPool.Get and Put): which of the
 // idle connections is taken makes no difference to the counts.
 func model(callers loadgen.Schedule, p pooling) modelled {
+	return replay(func(yield func(due, took time.Duration) bool) {
+		for due := range callers {
+			if !yield(due, 0) {
+				return
+			}
+		}
+	}, p)
+}
+
+// replay is model with how long each caller's operations took, 0 for the latency.
+func replay(callers iter.Seq2[time.Duration, time.Duration], p pooling) modelled {
 	var m modelled
-	// Operations in use, in the order in which they will end: on connections that were
-	// idle, and on new ones.
-	var ends, greeted fifo[modelledOp]
-	var queue fifo[int] // operations left of those that wait
+	var ends opsByEnd          // operations in use
+	var queue fifo[modelledOp] // those that wait for a connection
 	var waiting fifo[time.Duration]
 	idle, used := 0, 0
-	take := func(now time.Duration, left int) {
-		if idle > 0 {
-			idle--
-			ends.push(modelledOp{now + p.latency, left})
-		} else {
+	take := func(now time.Duration, op modelledOp) {
+		fresh := idle == 0
+		if fresh {
 			for waiting.len() > 0 && waiting.first()+p.timeWait <= now {
 				waiting.pop()
 			}
 			if p.ports > 0 && used+waiting.len() >= p.ports {
-				m.noPort++
 				if m.firstNo == 0 {
 					m.firstNo = now.Seconds()
 				}
-				if left > 0 {
-					// The handler logs the error and goes on with its next operation, which
-					// fails in the same way: nothing was returned meanwhile.
-					m.noPort += float64(left)
-				}
+				// The handler logs the error and goes on with its next operation, which fails
+				// in the same way: nothing was returned meanwhile.
+				m.noPort += float64(1 + op.left)
 				return
 			}
-			if m.dials++; p.ports > 0 && m.dials == float64(p.ports/2+1) {
-				m.half = (now + p.latency + p.greeting).Seconds()
-			}
-			greeted.push(modelledOp{now + p.latency + p.greeting, left})
+			m.dials++
+		} else {
+			idle--
 		}
+		switch {
+		case op.took > 0:
+			op.at = now + op.took
+		case fresh:
+			op.at = now + p.latency + p.greeting
+		default:
+			op.at = now + p.latency
+		}
+		if fresh && p.ports > 0 && m.dials == float64(p.ports/2+1) {
+			m.half = op.at.Seconds()
+		}
+		heap.Push(&ends, op)
 		used++
 		m.inUse = max(m.inUse, float64(used))
 	}
-	begin := func(now time.Duration, left int) {
+	begin := func(now time.Duration, op modelledOp) {
 		switch {
 		case p.active == 0 || used < p.active:
-			take(now, left)
+			take(now, op)
 		case p.wait:
 			m.waited++
-			queue.push(left)
+			queue.push(op)
 		default:
-			m.exhausted += float64(1 + left)
+			m.exhausted += float64(1 + op.left)
 		}
-	}
-	next := func() *fifo[modelledOp] {
-		if ends.len() == 0 || greeted.len() > 0 && greeted.first().at < ends.first().at {
-			return &greeted
-		}
-		return &ends
 	}
 	end := func() {
-		op := next().pop()
+		op := heap.Pop(&ends).(modelledOp) //nolint:forcetypeassert // nothing else is pushed
 		used--
 		if idle++; idle > p.idle {
 			idle--
@@ -106,14 +117,14 @@ func model(callers loadgen.Schedule, p pooling) modelled {
 			take(op.at, queue.pop())
 		}
 		if op.left > 0 {
-			begin(op.at, op.left-1)
+			begin(op.at, modelledOp{took: op.took, left: op.left - 1})
 		}
 	}
-	for due := range callers {
-		for used > 0 && next().first().at <= due {
+	for due, took := range callers {
+		for used > 0 && ends[0].at <= due {
 			end()
 		}
-		begin(due, p.chain-1)
+		begin(due, modelledOp{took: took, left: p.chain - 1})
 	}
 	for used > 0 {
 		end()
@@ -121,10 +132,25 @@ func model(callers loadgen.Schedule, p pooling) modelled {
 	return m
 }
 
-// modelledOp is an operation that has a connection.
+// modelledOp is an operation.
 type modelledOp struct {
 	at   time.Duration // when it ends
+	took time.Duration // how long it takes, 0 for the latency
 	left int           // operations that its caller does after it
+}
+
+// opsByEnd is a heap of operations, the first to end on top.
+type opsByEnd []modelledOp
+
+func (h opsByEnd) Len() int           { return len(h) }
+func (h opsByEnd) Less(i, j int) bool { return h[i].at < h[j].at }
+func (h opsByEnd) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *opsByEnd) Push(op any)       { *h = append(*h, op.(modelledOp)) } //nolint:forcetypeassert // of ours
+func (h *opsByEnd) Pop() any {
+	last := len(*h) - 1
+	op := (*h)[last]
+	*h = (*h)[:last]
+	return op
 }
 
 // fifo is a queue.
@@ -187,13 +213,6 @@ func (u *undersized) swing() float64 {
 func (u *undersized) queues() bool {
 	p := u.pooling(KernelRules{})
 	return p.wait && float64(p.active) < u.Rate*u.Latency.Seconds()+3*u.swing()
-}
-
-// churns says that calls that come in a lump make the pool close connections: it keeps
-// fewer than it may have, and they are in use for long.
-func (u *undersized) churns() bool {
-	p := u.pooling(KernelRules{})
-	return !u.batches() && !u.shortConnections() && u.Latency >= 5*time.Millisecond && (p.active == 0 || p.idle < p.active)
 }
 
 // steady is the time in which as many connections are dialed as closed: at first those

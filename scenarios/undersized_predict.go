@@ -103,6 +103,12 @@ func (u *undersized) operations() int {
 // batches says that calls share connections.
 func (u *undersized) batches() bool { return u.Client == clientBatch || u.Client == clientAuto }
 
+// predictable says that the model predicts the leg: a pool that keeps connections, and the
+// model knows all that it has been told.
+func (u *undersized) predictable() bool {
+	return !u.batches() && u.Ceiling == 0 && !u.shortConnections() && u.modelled()
+}
+
 // shortConnections says that every call dials and closes.
 func (u *undersized) shortConnections() bool {
 	return (u.Client == clientRedigo || u.Client == clientCosocket) && u.MaxIdle == 0 && u.Latency == 0
@@ -191,6 +197,66 @@ func byModel(predicted, sd float64) results.Tolerance {
 	return results.PlusMinus(0.1*predicted + sd)
 }
 
+// modelClaim is a number of the model's that is claimed of a run.
+type modelClaim struct {
+	of        func(modelled) float64
+	unit      string
+	tolerance results.Tolerance
+}
+
+// Numbers of the model that are claimed.
+func ofNoPort(m modelled) float64    { return m.noPort }
+func ofFirstNo(m modelled) float64   { return m.firstNo }
+func ofHalf(m modelled) float64      { return m.half }
+func ofClosed(m modelled) float64    { return m.closed }
+func ofSteady(m modelled) float64    { return m.steady }
+func ofExhausted(m modelled) float64 { return m.exhausted }
+
+// counted are the numbers of the model that are claimed of a run, where they are.
+func (u *undersized) counted(m, sd modelled) []modelClaim {
+	all := []modelClaim{u.closedClaim(m, sd)}
+	switch {
+	case m.noPort > 0 && u.Ports >= manyPorts:
+		return []modelClaim{{ofHalf, "s until half of the ports had been used", byModel(m.half, sd.half)}}
+	case m.noPort > 0:
+		all = []modelClaim{
+			{ofNoPort, "calls without a port", byModel(m.noPort, sd.noPort)},
+			{ofFirstNo, "s until no port was left", byModel(m.firstNo, sd.firstNo)},
+		}
+	}
+	if u.MaxActive == 0 && m.noPort == 0 {
+		all = append(all, modelClaim{ofSteady, "connections closed in the steady state", byModel(m.steady, sd.steady)})
+	}
+	if u.refuses() {
+		all = append(all, u.exhaustedClaim(m, sd))
+	}
+	return all
+}
+
+// burstCloses is how many connections more a pool may close where it closes hardly any: a
+// pause of the machine makes a burst of calls.
+const burstCloses = 10
+
+// closedClaim is about connections that the pool closes.
+func (u *undersized) closedClaim(m, sd modelled) modelClaim {
+	tol := byModel(m.closed, sd.closed)
+	if pool := u.pooling(KernelRules{}); pool.idle < pool.active {
+		tol.Amount += burstCloses
+	}
+	return modelClaim{ofClosed, "connections closed", tol}
+}
+
+// refuses says that the pool has a limit, and an error for who comes when it is reached.
+func (u *undersized) refuses() bool { return u.MaxActive > 0 && !u.Wait && u.Client == clientRedigo }
+
+// exhaustedClaim is about calls that the pool refuses: a heartbeat or two find it full that the
+// model has just before or after that.
+func (u *undersized) exhaustedClaim(m, sd modelled) modelClaim {
+	tol := byModel(m.exhausted, sd.exhausted)
+	tol.Amount += 2 * float64(u.Ops)
+	return modelClaim{ofExhausted, "calls refused", tol}
+}
+
 // exhaustion is about when no port is left.
 func (p *legPrediction) exhaustion(m, sd modelled) {
 	const note = "time to exhaustion: when the first dial finds no local port"
@@ -203,19 +269,6 @@ func (p *legPrediction) exhaustion(m, sd modelled) {
 	p.add(metricHalf, "s", "P/2·(m+g)/(λ·g)", p.inputs["P"]/2/churnLaw(p.Rate, p.Ops, p.Sync, p.MaxIdle), results.Within(0.25), "the same by the law of churn, from an empty range")
 	p.add(metricFirstNoPort, "s", "model(λ, g, W, m, c, P)", m.firstNo, results.AtMost(),
 		note+"; sooner, the slower the machine: from half on each connect(2) takes milliseconds of CPU, calls are late, more are in use, and more dial")
-}
-
-// burstCloses is how many connections more a pool may close where it closes hardly any: a
-// pause of the machine makes a burst of calls.
-const burstCloses = 10
-
-// churned is the claim about connections that the pool closes.
-func (p *legPrediction) churned(m, sd modelled) {
-	tol := byModel(m.closed, sd.closed)
-	if pool := p.pooling(KernelRules{}); pool.idle < pool.active {
-		tol.Amount += burstCloses
-	}
-	p.add(metricChurned, "connections", "model(λ, g, W, m, c)", m.closed, tol, "connections returned for which the pool has no place: each is a TIME_WAIT")
 }
 
 // pooled is about a pool that keeps connections.
@@ -239,12 +292,10 @@ func (p *legPrediction) pooled(role results.Role, rules KernelRules) {
 		symptom("the symptom must show: cannot assign requested address")
 	default:
 		p.add(metricNoLocalPort, "calls", "0", 0, results.Exactly(), "no dial finds all ports taken")
-		p.churned(m, sd)
+		p.add(metricChurned, "connections", "model(λ, g, W, m, c)", m.closed, p.closedClaim(m, sd).tolerance, "connections returned for which the pool has no place: each is a TIME_WAIT")
 	}
-	if p.MaxActive > 0 && !p.Wait && p.Client == clientRedigo && (m.noPort == 0 || p.Ports < manyPorts) {
-		tol := byModel(m.exhausted, sd.exhausted)
-		tol.Amount += 2 * p.inputs["g"] // a heartbeat or two find the pool full that the model has just before or after that
-		p.add(metricExhausted, "calls", "model(λ, g, W, m, c)", m.exhausted, tol, "redigo: connection pool exhausted")
+	if p.refuses() && (m.noPort == 0 || p.Ports < manyPorts) {
+		p.add(metricExhausted, "calls", "model(λ, g, W, m, c)", m.exhausted, p.exhaustedClaim(m, sd).tolerance, "redigo: connection pool exhausted")
 		if p.Ops == 1 && p.MaxIdle == p.MaxActive && m.exhausted > 100 {
 			e := p.Rate * p.For.Seconds() * erlangB(p.MaxActive, p.Rate*p.Latency.Seconds())
 			p.add(metricExhausted, "calls", "λ·T·B(c, λ·W)", e, results.Within(0.1), "the same by Erlang's loss formula: calls that find all c connections in use")
