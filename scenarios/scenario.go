@@ -296,10 +296,10 @@ func (s *Scenario) Parameters() []*flag.Flag {
 
 // tries is how often an arm is run whose run says nothing, because the machine
 // was too busy for the experiment that was asked for.
-const tries = 3
+const tries = 4
 
-// runUntilTold runs an arm, and again if it was void. A refuted arm is never run
-// again, and the record says how often was tried and why.
+// runUntilTold runs an arm, and again if it was void, when the machine is quiet. A
+// refuted arm is never run again, and the record says how often was tried and why.
 func (a arm) runUntilTold(ctx context.Context, rules KernelRules, opt Options) results.Variant {
 	var voids []string
 	for try := 1; ; try++ {
@@ -309,7 +309,29 @@ func (a arm) runUntilTold(ctx context.Context, rules KernelRules, opt Options) r
 			return v
 		}
 		voids = append(voids, fmt.Sprintf("try %d was void: %s", try, v.Reason))
-		opt.progress("void, once more: %s", v.Reason)
+		opt.progress("void, once more when the machine is quiet: %s", v.Reason)
+		awaitQuiet(ctx)
+	}
+}
+
+// What counts as quiet: for quietFor no sleep of a millisecond took much longer. A machine
+// that is never quiet is not waited for any longer than quietWithin.
+const (
+	quietFor    = 2 * time.Second
+	quietWithin = 30 * time.Second
+	quietPause  = 8 * time.Millisecond // two ticks of a 250 Hz kernel
+)
+
+// awaitQuiet waits until the machine is quiet: a virtual machine's host, or a build beside
+// the run, makes it busy for seconds or minutes.
+func awaitQuiet(ctx context.Context) {
+	began := time.Now()
+	for since := began; time.Since(since) < quietFor && time.Since(began) < quietWithin && ctx.Err() == nil; {
+		asleep := time.Now()
+		time.Sleep(time.Millisecond)
+		if time.Since(asleep) > quietPause {
+			since = time.Now()
+		}
 	}
 }
 
