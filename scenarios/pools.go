@@ -13,7 +13,7 @@ var Pools = Scenario{
 	Title: "One arrival trace through several clients' pools",
 	New: func() Experiment {
 		u := newUndersized()
-		u.Rate, u.Latency = 3000, 20*time.Millisecond
+		u.Rate, u.Latency, u.For = 3000, 20*time.Millisecond, 3*time.Second
 		u.MaxIdle, u.MaxActive, u.PoolSize = 50, 500, 500
 		u.Ports = 25_232
 		u.Sweep = "client=redigo,go-redis,cosocket,batch,go-redis-auto"

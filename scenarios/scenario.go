@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"connlab/netlab"
@@ -36,6 +37,9 @@ type Variant struct {
 	// Full says that it is another variant at the article's full size, for which a run
 	// must ask: by name or with [Options.Full].
 	Full bool
+	// Light says that it waits far more than it computes: a run has all such variants
+	// side by side, each in namespaces of its own.
+	Light bool
 }
 
 // Experiment is a scenario's parameters and what is done with them. A run calls
@@ -127,6 +131,34 @@ func (o Options) progress(format string, args ...any) {
 	}
 }
 
+// oneAtATime makes what arms tell arrive one at a time: arms can run side by side.
+func (o Options) oneAtATime() Options {
+	var mu sync.Mutex
+	progress, timeline, capture := o.Progress, o.Timeline, o.Capture
+	if progress != nil {
+		o.Progress = func(line string) {
+			mu.Lock()
+			defer mu.Unlock()
+			progress(line)
+		}
+	}
+	if timeline != nil {
+		o.Timeline = func(variant string, write func(io.Writer) error) error {
+			mu.Lock()
+			defer mu.Unlock()
+			return timeline(variant, write)
+		}
+	}
+	if capture != nil {
+		o.Capture = func(variant string, file []byte) error {
+			mu.Lock()
+			defer mu.Unlock()
+			return capture(variant, file)
+		}
+	}
+	return o
+}
+
 // giveTimeline hands an arm's timeline to who wants it.
 func (o Options) giveTimeline(variant string, t *observe.Timeline) error {
 	if o.Timeline == nil {
@@ -135,7 +167,8 @@ func (o Options) giveTimeline(variant string, t *observe.Timeline) error {
 	return o.Timeline(variant, t.WriteCSV)
 }
 
-// Run runs the arms of a scenario, one after the other, and judges them. Before
+// Run runs the arms of a scenario, the light ones side by side and the others one after
+// the other, and judges them. Before
 // anything is started it fails with ErrUsage if a name or value is wrong, and
 // with a [*netlab.NeedError] if the privilege or the server is missing. Where the
 // kernel lacks what an arm needs, the arm is skipped with the reason. A run that breaks makes its arm void. Only when ctx ends early does Run
@@ -158,16 +191,32 @@ func Run(ctx context.Context, s *Scenario, opt Options) (*results.Record, error)
 	rec.Server = opt.server.version()
 	rec.Parameters = arms[0].defaults
 	rules := ReadKernelRules()
-	for i, arm := range arms {
+	opt = opt.oneAtATime()
+	ran := make([]*results.Variant, len(arms))
+	run := func(i int) {
+		arm, armOpt := arms[i], opt
 		name := fmt.Sprintf("%s %d/%d %s", s.Name, i+1, len(arms), arm.variant.Name)
-		armOpt := opt
 		armOpt.Progress = func(line string) { opt.progress("%s: %s", name, line) }
 		began := time.Now()
 		v := arm.runUntilTold(ctx, rules, armOpt)
-		rec.Variants = append(rec.Variants, v)
+		ran[i] = &v
 		opt.progress("%s: %s in %.1f s", name, v.Verdict, time.Since(began).Seconds())
-		if ctx.Err() != nil {
-			break
+	}
+	var light sync.WaitGroup
+	for i, arm := range arms {
+		if arm.variant.Light {
+			light.Go(func() { run(i) })
+		}
+	}
+	light.Wait()
+	for i, arm := range arms {
+		if !arm.variant.Light && ctx.Err() == nil {
+			run(i)
+		}
+	}
+	for _, v := range ran {
+		if v != nil {
+			rec.Variants = append(rec.Variants, *v)
 		}
 	}
 	rec.Seconds = time.Since(rec.Started).Seconds()
@@ -220,20 +269,29 @@ func (s *Scenario) prepare(opt Options) ([]arm, error) {
 			}
 			return nil, usagef("variant %s: %s%s", v.Name, strings.ReplaceAll(err.Error(), "\n", "; "), hint)
 		}
-		for name, value := range spell(a.experiment) {
+		values := spell(a.experiment)
+		if name, list, is := strings.Cut(values["sweep"], "="); is && sets(opt.Set, name) {
+			return nil, usagef("--set %s=… has no effect in variant %s, which has a leg for each of %s=%s: set sweep=%s=… instead, or choose variants with --variant", name, v.Name, name, list, name)
+		}
+		for name, value := range values {
 			if value != defaults[name] {
 				a.differs[name] = value
 			}
 		}
 		for _, set := range v.Set {
 			name, _, _ := strings.Cut(set, "=")
-			if slices.ContainsFunc(opt.Set, func(o string) bool { return strings.HasPrefix(o, name+"=") }) {
+			if sets(opt.Set, name) {
 				a.overridden = append(a.overridden, set)
 			}
 		}
 		arms = append(arms, a)
 	}
 	return arms, nil
+}
+
+// sets says that one of the settings is for a parameter.
+func sets(settings []string, name string) bool {
+	return slices.ContainsFunc(settings, func(s string) bool { return strings.HasPrefix(s, name+"=") })
 }
 
 // flags returns the parameters of e as a flag set, bound to e.

@@ -387,22 +387,24 @@ func (l *undersizedLegRun) fill(timeline *observe.Timeline) error {
 	return l.fillSeries(timeline)
 }
 
-// churnLateness is by how much one call in a hundred may start late where no model says
-// what that does.
-const churnLateness = 5 * time.Millisecond
+// lateAtMost is by how much one call in a hundred may start late where no model says what
+// that does: less than the distance of two calls makes no lump of them.
+func (l *undersizedLegRun) lateAtMost() time.Duration {
+	return max(5*time.Millisecond, time.Duration(float64(time.Second)/l.Rate))
+}
 
 // judgeGenerator makes a run void whose calls did not come when they were due.
 func (l *undersizedLegRun) judgeGenerator() {
 	if n := l.report.Keeping.Load.NotStarted; n > 0 {
 		l.arm.v.Void(fmt.Sprintf("%s: the generator left out %d calls", l.label, n))
 	}
-	if p99 := l.lateness.Quantile(0.99); !l.predictable() && p99 > churnLateness {
+	if p99 := l.lateness.Quantile(0.99); !l.predictable() && p99 > l.lateAtMost() {
 		l.arm.v.Void(fmt.Sprintf("%s: the generator fell behind: 1 %% of calls started more than %v late", l.label, p99.Round(time.Millisecond)))
 	}
 	l.judgeMachine()
 	// On the way to Redis and back, and through two schedulers, a quiet machine takes half a
 	// millisecond.
-	if l.batches() || l.strained() || l.queues() || l.Ceiling > 0 {
+	if !l.predictable() || l.strained() || l.queues() {
 		return
 	}
 	latency := l.report.Keeping.Load.Latency
