@@ -60,7 +60,7 @@ func TestUndersizedPoolCheck(t *testing.T) {
 		{"nothing beside", "beside=true", "beside is for the legs of a sweep"},
 		{"no reply in time", "timeout=10ms latency=20ms", "must be longer than latency"},
 		{"too many in use", "rate=50000 latency=1s for=4s", "5000 at most"},
-		{"it never gets going", "latency=2s", "must be at least four times latency"},
+		{"it never gets going", "latency=7s timeout=1m", "must be at least four times latency"},
 		{"too much", "rate=50000 for=10m latency=1ms", "ten million at most"},
 		{"one after the other", "ops=1 sync=true", "sync needs ops=2 or more"},
 		{"ports come back", "fill=0.5,0.2", "the parts must rise"},
