@@ -38,7 +38,8 @@ type Variant struct {
 	// must ask: by name or with [Options.Full].
 	Full bool
 	// Light says that it waits far more than it computes: a run has all such variants
-	// side by side, each in namespaces of its own.
+	// side by side, each in namespaces of its own, unless Options.Set changes what they do.
+	// Measurements of this process are not to be had of them.
 	Light bool
 }
 
@@ -123,6 +124,7 @@ type Options struct {
 	Capture func(variant string, file []byte) error
 
 	server program // found once, before anything is started
+	shared bool    // other variants are run beside this one, in this process
 }
 
 func (o Options) progress(format string, args ...any) {
@@ -193,8 +195,9 @@ func Run(ctx context.Context, s *Scenario, opt Options) (*results.Record, error)
 	rules := ReadKernelRules()
 	opt = opt.oneAtATime()
 	ran := make([]*results.Variant, len(arms))
-	run := func(i int) {
+	run := func(i int, beside bool) {
 		arm, armOpt := arms[i], opt
+		armOpt.shared = beside
 		name := fmt.Sprintf("%s %d/%d %s", s.Name, i+1, len(arms), arm.variant.Name)
 		armOpt.Progress = func(line string) { opt.progress("%s: %s", name, line) }
 		began := time.Now()
@@ -202,16 +205,17 @@ func Run(ctx context.Context, s *Scenario, opt Options) (*results.Record, error)
 		ran[i] = &v
 		opt.progress("%s: %s in %.1f s", name, v.Verdict, time.Since(began).Seconds())
 	}
-	var light sync.WaitGroup
+	light := func(a arm) bool { return a.variant.Light && len(opt.Set) == 0 }
+	var together sync.WaitGroup
 	for i, arm := range arms {
-		if arm.variant.Light {
-			light.Go(func() { run(i) })
+		if light(arm) {
+			together.Go(func() { run(i, true) })
 		}
 	}
-	light.Wait()
+	together.Wait()
 	for i, arm := range arms {
-		if !arm.variant.Light && ctx.Err() == nil {
-			run(i)
+		if !light(arm) && ctx.Err() == nil {
+			run(i, false)
 		}
 	}
 	for _, v := range ran {
@@ -356,7 +360,7 @@ func (s *Scenario) Parameters() []*flag.Flag {
 // was too busy for the experiment that was asked for.
 const tries = 4
 
-// runUntilTold runs an arm, and again if it was void, when the machine is quiet. A
+// runUntilTold runs an arm, and again if it was void, once the machine is quiet. A
 // refuted arm is never run again, and the record says how often was tried and why.
 func (a arm) runUntilTold(ctx context.Context, rules KernelRules, opt Options) results.Variant {
 	var voids []string
@@ -366,9 +370,15 @@ func (a arm) runUntilTold(ctx context.Context, rules KernelRules, opt Options) r
 			v.Warnings = append(v.Warnings, voids...)
 			return v
 		}
-		voids = append(voids, fmt.Sprintf("try %d was void: %s", try, v.Reason))
 		opt.progress("void, once more when the machine is quiet: %s", v.Reason)
-		awaitQuiet(ctx)
+		told := fmt.Sprintf("try %d was void: %s", try, v.Reason)
+		if !awaitQuiet(ctx) {
+			told += fmt.Sprintf("; the machine was not quiet within %v after it", quietWithin)
+		}
+		if ctx.Err() != nil {
+			return v
+		}
+		voids = append(voids, told)
 	}
 }
 
@@ -380,17 +390,21 @@ const (
 	quietPause  = 8 * time.Millisecond // two ticks of a 250 Hz kernel
 )
 
-// awaitQuiet waits until the machine is quiet: a virtual machine's host, or a build beside
-// the run, makes it busy for seconds or minutes.
-func awaitQuiet(ctx context.Context) {
+// awaitQuiet waits until the machine is quiet, and says whether it is: a virtual machine's
+// host, or a build beside the run, makes it busy for seconds or minutes.
+func awaitQuiet(ctx context.Context) bool {
 	began := time.Now()
-	for since := began; time.Since(since) < quietFor && time.Since(began) < quietWithin && ctx.Err() == nil; {
+	for since := began; time.Since(since) < quietFor; {
+		if time.Since(began) > quietWithin || ctx.Err() != nil {
+			return false
+		}
 		asleep := time.Now()
 		time.Sleep(time.Millisecond)
 		if time.Since(asleep) > quietPause {
 			since = time.Now()
 		}
 	}
+	return true
 }
 
 // run takes one arm from prediction to verdict. An error is no condition of the

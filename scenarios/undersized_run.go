@@ -388,9 +388,9 @@ func (l *undersizedLegRun) fill(timeline *observe.Timeline) error {
 }
 
 // lateAtMost is by how much one call in a hundred may start late where no model says what
-// that does: less than the distance of two calls makes no lump of them.
+// that does: less than the mean distance of two heartbeats makes no lump of them.
 func (l *undersizedLegRun) lateAtMost() time.Duration {
-	return max(5*time.Millisecond, time.Duration(float64(time.Second)/l.Rate))
+	return max(5*time.Millisecond, time.Duration(float64(l.Ops)/l.Rate*float64(time.Second)))
 }
 
 // judgeGenerator makes a run void whose calls did not come when they were due.
@@ -398,10 +398,14 @@ func (l *undersizedLegRun) judgeGenerator() {
 	if n := l.report.Keeping.Load.NotStarted; n > 0 {
 		l.arm.v.Void(fmt.Sprintf("%s: the generator left out %d calls", l.label, n))
 	}
-	if p99 := l.lateness.Quantile(0.99); !l.predictable() && p99 > l.lateAtMost() {
+	if p99 := l.lateness.Quantile(0.99); (!l.predictable() || l.strained()) && p99 > l.lateAtMost() {
 		l.arm.v.Void(fmt.Sprintf("%s: the generator fell behind: 1 %% of calls started more than %v late", l.label, p99.Round(time.Millisecond)))
 	}
 	l.judgeMachine()
+	// Batches that wait at Redis, which did not run, are read as one.
+	if batches, read := l.batched.Batches, l.server.requests; !l.arm.u.Beside && float64(read) < 0.97*float64(batches) {
+		l.arm.v.Void(fmt.Sprintf("%s: the machine paused: Redis read %d batches with %d reads", l.label, batches, read))
+	}
 	// On the way to Redis and back, and through two schedulers, a quiet machine takes half a
 	// millisecond.
 	if !l.predictable() || l.strained() || l.queues() {
@@ -413,8 +417,8 @@ func (l *undersizedLegRun) judgeGenerator() {
 	}
 }
 
-// playedCall is a call as it was: when it began, and how long it took, 0 where it waited for
-// a connection or had none.
+// playedCall is a call as it was: when it began, and how long it took; 0 where it had no
+// connection, and where calls wait for one.
 type playedCall struct{ at, took time.Duration }
 
 // mostPause is how long calls and replies may stand still without a look at what that does.
@@ -473,6 +477,9 @@ func (l *undersizedLegRun) fillLatency() {
 	l.metric(metricRequests, float64(l.server.requests)/commands, "requests")
 	l.metric("Commands.PerSecond", float64(l.server.commands)/elapsed, "commands/s")
 	l.metric("Server.CPU", l.server.cpu.Seconds()/commands, "s")
+	if l.arm.opt.shared {
+		return // this process does other variants' work, too
+	}
 	l.metric("Client.CPU", l.usage.cpu.Seconds()/commands, "s")
 	l.metric("Client.Syscalls", float64(l.usage.syscalls)/commands, "syscalls")
 }
