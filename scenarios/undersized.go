@@ -32,7 +32,7 @@ var UndersizedPool = Scenario{
 		{Name: "tw-reuse", Role: results.Fix, Light: true, Set: remedy("tw-reuse=1", "reuse-delay=150"),
 			Summary: "tcp_tw_reuse=1 alone, its delay in proportion to the ports: none is missing any more, and the pool dials as before"},
 		{Name: "synchronous", Role: results.Fix, Light: true, Set: remedy("sync=true"),
-			Summary: "a heartbeat's operations one after the other instead of a goroutine each: the next one takes the connection just returned; at twice the load 100 ports last two minutes instead of two seconds, not for ever"},
+			Summary: "a heartbeat's operations one after the other instead of a goroutine each: the next one takes the connection just returned; at twice the load 100 ports last two minutes instead of four seconds, not for ever"},
 		{Name: "article", Role: results.Fix, Light: true, Set: remedy("max-idle=60", "max-active=80", "wait=true"),
 			Summary: "the article's remedy, MaxIdle 300 of MaxActive 400 and Wait=true, in its proportions"},
 		{Name: "equal", Role: results.Fix, Light: true, Set: remedy("max-idle=60"),
