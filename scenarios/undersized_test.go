@@ -16,7 +16,7 @@ import (
 func TestUndersizedPool(t *testing.T) {
 	if underRace {
 		notRefuted(t, run(t, &UndersizedPool, Options{
-			Variants: []string{"incident", "go-redis", "synchronous", "batching"}, Set: []string{"for=8s"},
+			Variants: []string{"incident", "go-redis", "synchronous", "batching"}, Set: []string{"for=14s"},
 		}))
 		return
 	}
