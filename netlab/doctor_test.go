@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -143,4 +144,37 @@ func TestNeedErrorText(t *testing.T) {
 	require.ErrorIs(t, err, unix.EOPNOTSUPP)
 	assert.Equal(t, unix.EPERM, needOr(NeedVeth, unix.EPERM), "not a statement about the kernel")
 	assert.NoError(t, needOr(NeedVeth, nil))
+}
+
+// A signal makes the kernel's verifier give up with EAGAIN, and Go's runtime sends
+// its threads signals: the probe must not take that for a lack.
+func TestProbeSurvivesSignals(t *testing.T) {
+	requireLab(t, CheckPrivilege())
+	stop, done := make(chan struct{}), make(chan struct{})
+	tid := make(chan int)
+	go func() {
+		defer close(done)
+		victim := <-tid
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				// SIGURG is what the runtime itself uses, and ignores when it is not its own.
+				assert.NoError(t, unix.Tgkill(unix.Getpid(), victim, unix.SIGURG))
+			}
+		}
+	}()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	tid <- unix.Gettid()
+	for range 300 {
+		fd, err := loadEmptyProgram()
+		if !assert.NoError(t, err) {
+			break
+		}
+		unix.Close(fd)
+	}
+	close(stop)
+	<-done
 }

@@ -103,6 +103,11 @@ func bpf(command int, attr unsafe.Pointer, size uintptr) (fd int, err error) {
 		return -1, fmt.Errorf("bpf with 32-bit pointers: %w", ErrUnsupported)
 	}
 	n, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(command), uintptr(attr), size)
+	// The verifier gives up with EAGAIN when a signal comes, and Go's runtime sends
+	// its threads signals (kernel/bpf/verifier.c, do_check).
+	for retries := 0; errno == unix.EAGAIN && retries < 1000; retries++ {
+		n, _, errno = unix.Syscall(unix.SYS_BPF, uintptr(command), uintptr(attr), size)
+	}
 	switch errno {
 	case 0:
 		return int(n), nil
