@@ -15,7 +15,8 @@
 // system calls; only the wait is one that the Go scheduler knows about.
 //
 // [Probe] is a detector built on it: in each round it asks every one of many
-// servers, with all connections open at the same time.
+// servers, with all connections open at the same time. [Fleet] is the other kind
+// of client: many persistent ones, which come back by a policy when they are cut.
 //
 // A run refuses to do three things. It does not retry: a failed operation is a
 // failed operation, and each retry of a probe is one of its own. It does not delay: an operation that cannot

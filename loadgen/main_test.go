@@ -1,6 +1,7 @@
 package loadgen
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,7 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// asFleet makes the test binary be `connlab fleet`: a process of its own.
+const asFleet = "CONNLAB_TEST_AS_FLEET"
+
 func TestMain(m *testing.M) {
+	if os.Getenv(asFleet) != "" {
+		os.Exit(FleetMain(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	}
 	// The runtime opens its network poller on first use and keeps it: do that
 	// before anything counts descriptors.
 	l, err := net.Listen("tcp4", "127.0.0.1:0")

@@ -58,6 +58,8 @@ var probes = []probe{
 	{NeedNginx, "variants with nginx's own connection pools are skipped, those with our model of them are not; apt-get install nginx libnginx-mod-http-lua", probeNginx},
 	{NeedRestyRedis, "variants that call Redis through this library are skipped, those with a Lua script of our own are not; apt-get install lua-nginx-redis", probeRestyRedis},
 	{NeedTshark, "captures are recorded, but no second reader checks them; apt-get install tshark", probeProgram("tshark", "--version")},
+	{NeedPrometheus, "variants in which a real Prometheus fires the shipped alerts are skipped; apt-get install prometheus", probeProgram("prometheus", "--version")},
+	{NeedNodeExporter, "variants in which a real Prometheus fires the shipped alerts are skipped; apt-get install prometheus-node-exporter", probeProgram("prometheus-node-exporter", "--version")},
 }
 
 // Doctor tries every need, in a namespace of its own that it removes again, and

@@ -32,6 +32,7 @@ func TestDoctor(t *testing.T) {
 	for _, n := range []Need{
 		NeedPrivilege, NeedNamespace, NeedVeth, NeedBridge, NeedTUN, NeedNetem, NeedNftables, NeedBTF, NeedTracepoints,
 		NeedFiles, NeedUntracked, NeedPlainTCP, NeedSYNTimers, NeedRedis, NeedHAProxy, NeedNginx, NeedRestyRedis, NeedTshark,
+		NeedPrometheus, NeedNodeExporter,
 	} {
 		assert.Contains(t, findings, n)
 	}
@@ -58,7 +59,7 @@ func TestDoctor(t *testing.T) {
 	assert.Equal(t, untracked, findings[NeedUntracked].OK, "the nat chain of another probe is not found as tracking")
 	// go.mod says godebug multipathtcp=0; without it this fails on every current kernel.
 	assert.True(t, findings[NeedPlainTCP].OK, findings[NeedPlainTCP].Detail)
-	for need, program := range map[Need]string{NeedRedis: "redis-server", NeedHAProxy: "haproxy", NeedTshark: "tshark"} {
+	for need, program := range map[Need]string{NeedRedis: "redis-server", NeedHAProxy: "haproxy", NeedTshark: "tshark", NeedPrometheus: "prometheus", NeedNodeExporter: "prometheus-node-exporter"} {
 		path, err := LookProgram(program)
 		assert.Equal(t, err == nil, findings[need].OK, program)
 		if err == nil {

@@ -92,6 +92,10 @@ func (b *backlog) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *
 	if err != nil {
 		return err
 	}
+	giveCounters, err := opt.countersBefore(v.Name, server)
+	if err != nil {
+		return err
+	}
 	watch, err := observe.Start(ctx, observe.Config{
 		Counters: []*netlab.Host{server}, CountersEvery: countersEvery,
 		Listeners: []observe.Listener{{Host: server, Port: redisPort}},
@@ -109,7 +113,7 @@ func (b *backlog) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *
 	if err != nil {
 		return err
 	}
-	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+	if err := errors.Join(opt.giveTimeline(v.Name, timeline), giveCounters()); err != nil {
 		return err
 	}
 	clientsAfter, err := observe.ReadCounters(clients...)

@@ -14,6 +14,7 @@ import (
 
 // goldenRules are those of the kernel that results/golden was recorded on.
 var goldenRules = KernelRules{
+	Tick:              4 * time.Millisecond,
 	LinearSYNTimeouts: 4, TimerRounding: 32 * time.Millisecond, TimeWaitRounding: 2048 * time.Millisecond,
 	DelayedACK: 40 * time.Millisecond, ResetReasons: true, ConnectPortStep: 2, RangePortStep: 1,
 }
@@ -33,10 +34,12 @@ func TestBacklog(t *testing.T) {
 		{ServerRedis, []string{"incident", "backlog-2900", "late-ack-abort"}},
 	} {
 		t.Run(tt.server, func(t *testing.T) {
-			rec := run(t, &Backlog, Options{Server: tt.server, Variants: tt.variants})
+			saved := savedCounts{}
+			rec := run(t, &Backlog, Options{Server: tt.server, Variants: tt.variants, Counters: saved.save})
 			allHeld(t, rec)
 			if tt.variants == nil {
 				checkGolden(t, rec)
+				checkDiagnosis(t, rec, saved)
 			}
 		})
 	}

@@ -68,6 +68,10 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 		return err
 	}
 	defer canary.stop()
+	giveCounters, err := opt.countersBefore(v.Name, r.proxies...)
+	if err != nil {
+		return err
+	}
 	watch, err := observe.Start(ctx, observe.Config{Counters: append(slices.Clone(r.proxies), lab.Host("redis"))})
 	if err != nil {
 		return err
@@ -95,7 +99,7 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if err != nil {
 		return err
 	}
-	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+	if err := errors.Join(opt.giveTimeline(v.Name, timeline), giveCounters()); err != nil {
 		return err
 	}
 	if c.Path == pathKernelNAT {

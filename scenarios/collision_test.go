@@ -36,9 +36,11 @@ func TestTupleCollision(t *testing.T) {
 		return
 	}
 	t.Run(ServerMini, func(t *testing.T) {
-		rec := run(t, &TupleCollision, Options{})
+		saved := savedCounts{}
+		rec := run(t, &TupleCollision, Options{Counters: saved.save})
 		allHeld(t, rec)
 		checkGolden(t, rec)
+		checkDiagnosis(t, rec, saved)
 		wrongFormula(t, rec)
 	})
 	t.Run(ServerRedis, func(t *testing.T) {

@@ -22,6 +22,8 @@ type KernelRules struct {
 	// before it doubles: net.ipv4.tcp_syn_linear_timeouts, 4 by default since
 	// Linux 6.5, 0 before.
 	LinearSYNTimeouts int
+	// Tick is one jiffy, the unit of the kernel's timers.
+	Tick time.Duration
 	// TimerRounding is by how much a timer of about one second fires late at
 	// most: the timer wheel rounds up to the granularity of its level.
 	TimerRounding time.Duration
@@ -46,6 +48,7 @@ type KernelRules struct {
 // own defaults, not with the host's settings, so the default is what counts.
 func ReadKernelRules() KernelRules {
 	r := KernelRules{
+		Tick:             tick(),
 		TimerRounding:    timerRounding(tick(), netlab.InitialSYNTimeout),
 		TimeWaitRounding: timerRounding(tick(), timeWaitLength),
 		DelayedACK:       40 * time.Millisecond, // HZ/25 jiffies, whatever HZ is

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"connlab/loadgen"
 	"connlab/server"
 	"connlab/server/proxy"
 )
@@ -24,6 +25,9 @@ import (
 var programs = map[string]func(ctx context.Context, args []string, stdout, stderr io.Writer) int{
 	"server": server.Main,
 	"proxy":  proxy.Main,
+	"fleet": func(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+		return loadgen.FleetMain(ctx, args, os.Stdin, stdout, stderr)
+	},
 }
 
 // TestMain makes the test binary the program that a scenario runs it as: what is

@@ -63,6 +63,10 @@ func (m *mixedPool) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if m.Burst > 0 {
 		cfg.CountersEvery = countersEvery // a burst is short
 	}
+	giveCounters, err := opt.countersBefore(v.Name, r.web)
+	if err != nil {
+		return err
+	}
 	watch, err := observe.Start(ctx, cfg)
 	if err != nil {
 		return err
@@ -82,7 +86,7 @@ func (m *mixedPool) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 	if err != nil {
 		return err
 	}
-	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+	if err := errors.Join(opt.giveTimeline(v.Name, timeline), giveCounters()); err != nil {
 		return err
 	}
 	return r.fill(timeline)

@@ -26,9 +26,11 @@ func TestMixedPool(t *testing.T) {
 	for _, v := range MixedPool.Variants[1:] {
 		others = append(others, v.Name)
 	}
-	rec := run(t, &MixedPool, Options{Variants: append(others, MixedPool.Variants[0].Name)})
+	saved := savedCounts{}
+	rec := run(t, &MixedPool, Options{Variants: append(others, MixedPool.Variants[0].Name), Counters: saved.save})
 	allHeld(t, rec)
 	checkGolden(t, rec)
+	checkDiagnosis(t, rec, saved)
 
 	incident := find(t, rec, "incident")
 	for i := range incident.Predictions {

@@ -1,6 +1,7 @@
 package scenarios
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -24,6 +25,8 @@ type Scenario struct {
 	// Story is what happened and why, in a few paragraphs for people.
 	Story    string
 	Variants []Variant
+	// Beside is how many light variants are run side by side at most; 0 is all.
+	Beside int
 	// New returns the scenario at its defaults, which are the article's numbers.
 	New func() Experiment
 }
@@ -41,6 +44,8 @@ type Variant struct {
 	// side by side, each in namespaces of its own, unless Options.Set changes what they do.
 	// Measurements of this process are not to be had of them.
 	Light bool
+	// Long says that a light variant takes much longer than the others: it runs beside all of them.
+	Long bool
 }
 
 // Experiment is a scenario's parameters and what is done with them. A run calls
@@ -62,7 +67,7 @@ type Experiment interface {
 }
 
 // All lists every scenario, in the order of the articles.
-var All = []*Scenario{&Backlog, &TupleCollision, &MixedPool, &TimeWaitBuckets, &UndersizedPool}
+var All = []*Scenario{&Backlog, &TupleCollision, &MixedPool, &TimeWaitBuckets, &UndersizedPool, &AcceptQueue, &Lookalikes}
 
 // ErrUsage is wrapped by every error about what the caller asked for: an
 // unknown incident, variant, parameter or server, or a value out of range.
@@ -122,9 +127,14 @@ type Options struct {
 	// Capture, if set, is given the packets of each arm that captures some, as a
 	// pcapng file.
 	Capture func(variant string, file []byte) error
+	// Counters, if set, is given what a person would have saved on the hosts that one
+	// would look at, before and after each arm's load, in the form that package diagnose
+	// reads. An arm without such a host, or without a load, has none to give.
+	Counters func(variant, host string, before, after []byte) error
 
 	server program // found once, before anything is started
 	shared bool    // other variants are run beside this one, in this process
+	others *member // those, to wait for
 }
 
 func (o Options) progress(format string, args ...any) {
@@ -136,7 +146,7 @@ func (o Options) progress(format string, args ...any) {
 // oneAtATime makes what arms tell arrive one at a time: arms can run side by side.
 func (o Options) oneAtATime() Options {
 	var mu sync.Mutex
-	progress, timeline, capture := o.Progress, o.Timeline, o.Capture
+	progress, timeline, capture, counters := o.Progress, o.Timeline, o.Capture, o.Counters
 	if progress != nil {
 		o.Progress = func(line string) {
 			mu.Lock()
@@ -156,6 +166,13 @@ func (o Options) oneAtATime() Options {
 			mu.Lock()
 			defer mu.Unlock()
 			return capture(variant, file)
+		}
+	}
+	if counters != nil {
+		o.Counters = func(variant, host string, before, after []byte) error {
+			mu.Lock()
+			defer mu.Unlock()
+			return counters(variant, host, before, after)
 		}
 	}
 	return o
@@ -195,9 +212,10 @@ func Run(ctx context.Context, s *Scenario, opt Options) (*results.Record, error)
 	rules := ReadKernelRules()
 	opt = opt.oneAtATime()
 	ran := make([]*results.Variant, len(arms))
-	run := func(i int, beside bool) {
+	run := func(i int, others *member) {
 		arm, armOpt := arms[i], opt
-		armOpt.shared = beside
+		armOpt.shared, armOpt.others = others != nil, others
+		defer others.here()
 		name := fmt.Sprintf("%s %d/%d %s", s.Name, i+1, len(arms), arm.variant.Name)
 		armOpt.Progress = func(line string) { opt.progress("%s: %s", name, line) }
 		began := time.Now()
@@ -206,16 +224,31 @@ func Run(ctx context.Context, s *Scenario, opt Options) (*results.Record, error)
 		opt.progress("%s: %s in %.1f s", name, v.Verdict, time.Since(began).Seconds())
 	}
 	light := func(a arm) bool { return a.variant.Light && len(opt.Set) == 0 }
-	var together sync.WaitGroup
+	var lights []int
+	var long sync.WaitGroup
 	for i, arm := range arms {
-		if light(arm) {
-			together.Go(func() { run(i, true) })
+		switch {
+		case light(arm) && arm.variant.Long:
+			alone := newGathering(1)
+			long.Go(func() { run(i, alone.member()) })
+		case light(arm):
+			lights = append(lights, i)
 		}
 	}
-	together.Wait()
+	if len(lights) > 0 {
+		for some := range slices.Chunk(lights, cmp.Or(s.Beside, len(lights))) {
+			gather := newGathering(len(some))
+			var together sync.WaitGroup
+			for _, i := range some {
+				together.Go(func() { run(i, gather.member()) })
+			}
+			together.Wait()
+		}
+	}
+	long.Wait()
 	for i, arm := range arms {
 		if !light(arm) && ctx.Err() == nil {
-			run(i, false)
+			run(i, nil)
 		}
 	}
 	for _, v := range ran {
@@ -366,6 +399,7 @@ func (a arm) runUntilTold(ctx context.Context, rules KernelRules, opt Options) r
 	var voids []string
 	for try := 1; ; try++ {
 		v, err := a.run(ctx, rules, opt)
+		opt.others.here() // ready or not
 		if v.Verdict != results.Void || err != nil || ctx.Err() != nil || try == tries {
 			v.Warnings = append(v.Warnings, voids...)
 			return v

@@ -211,3 +211,83 @@ SIZES
   Group.…: m/√(λ·W·g), λ·W/c, g/m, P/c, churn·R/P. The variants of --full have the article's
   pool and ports: 4,000 operations a second, 8 to a heartbeat, spend them within a minute.
 `
+
+const stormStory = `
+WHAT WAS SEEN
+  Five EMQX nodes, about 150,000 connections each, Linux 5.15. Now and then telnet to the port
+  hangs in “Connecting…”. A capture on the server shows the SYN coming in and no answer.
+  tcp_tw_recycle behind NAT is suspected and ruled out: it has been gone since 4.12
+  (connlab show lookalikes). The counters say what it is: 493,989 times the listen queue
+  of a socket overflowed, 493,997 SYNs dropped. somaxconn and tcp_max_syn_backlog are 16,384.
+
+WHY
+  A connection waits in the accept queue from its handshake until the program calls accept(2).
+  Clients come at λ a second and are accepted at μ. After a network fault, a restart or a
+  failover all who were cut come back at once, and λ is above μ. When the queue is full the
+  kernel drops every further SYN without a word; the client sends it again after 1, 2, 3, 4, 5,
+  7, 11 s. Whoever gets through in between is luck: a place becomes free μ times a second, and
+  the next SYN that happens to come has it.
+
+THE FORMULAS
+  limit                    min(backlog, somaxconn), as they were when listen(2) was called
+  places                   limit + 1
+  full after               (B+1)/(λ−μ)
+  all are back after       cut/μ at least, with or without a long queue, with or without jitter
+  connect time             the next SYN retry that finds a place
+  patience                 a client that waits in the queue for longer than its patience is
+                           accepted as a corpse. Waiting takes B/μ
+  the window for B         cut·(1−μ/λ)−1 ≤ B ≤ μ·patience. Where it is empty no backlog can
+                           save you
+  The number of SYNs dropped, and who comes through when, follow from a small model of the
+  queue with the kernel's SYN retries, which is played before anything is started.
+
+WHAT DOES NOT HELP
+  somaxconn alone, or backlog alone: the smaller of the two is the limit. Both, without
+  reopening the listener: the limit is what it was (ss -lnt, Send-Q). tcp_max_syn_backlog: that
+  is the other queue. Twice the queue: half as many hang. A queue beyond μ·patience: clients
+  give up and come again while their corpses are accepted one after the other; the server is
+  busy for ever and serves nobody. That state outlasts its cause.
+
+WHAT HELPS
+  Backlog and somaxconn within the window, and a restart. A server that accepts faster. Clients
+  that come back at random over a while: nobody is dropped, and it takes no longer. Where
+  clients are impatient, a shorter queue: SYNs are dropped, which costs nothing, and all that is
+  accepted is alive.
+
+SIZES
+  The variants have 6,000 connections, 3,000 of them cut, 655 places: one in twenty-five of the
+  article's, at the same times and with the same numbers without dimension, recorded as
+  Group.…: cut/(B+1), λ/μ, μ·patience/(B+1), μ·r₁/(B+1). Those of --full hold 150,000.
+  The article has neither λ nor μ. EMQX's listeners have a limit of connections per second
+  (max_conn_rate), which is what the server's accept-rate is here.
+`
+
+const lookalikesStory = `
+WHAT WAS SUSPECTED
+  SYNs come in and are not answered. Those who hunted incident 5 first suspected
+  tcp_tw_recycle, as everybody does who has met it once. It is gone since Linux 4.12; the
+  server had 5.15. The other suspect, here as always, is a SYN flood. Both look the same to a
+  client: “Connecting…”. The server's counters tell them apart.
+
+TCP_TW_RECYCLE
+  With it Linux 3.10 remembered one timestamp for each peer address, when a connection that it
+  had closed first went to TIME_WAIT, and for a minute dropped each SYN from that address whose
+  timestamp was older (tcp_v4_conn_request, tcp_peer_is_proven). One address is one clock, says
+  the rule. Behind NAT it is many: whose clock is ahead gets in, all others hang. Since 4.10
+  each connection has a clock of its own, so that half of all SYNs are behind, NAT or not;
+  two releases later the sysctl was removed. Here the rule is a stage on the server's link; what
+  it would have counted is called modelled.
+
+A SYN FLOOD
+  SYNs whose handshake nobody completes fill the SYN queue, whose limit is the listener's
+  backlog too. Then SYN cookies answer (TCPReqQFullDoCookies), and nobody waits. Without them
+  every further SYN is dropped, of clients too, until the requests expire.
+
+THE FINGERPRINTS
+                          ListenOverflows  ListenDrops   others
+  full accept queue       grows            the same      queue at its limit (ss -lnt)
+  tcp_tw_recycle, NAT     0                grows         PAWSPassive (“passive connections
+                                                         rejected because of time stamp”)
+  SYN flood, no cookies   0                grows         TCPReqQFullDrop the same, SYN_RECV
+  SYN flood, cookies      0                0             TCPReqQFullDoCookies, SyncookiesSent
+`

@@ -63,6 +63,10 @@ func (w *timeWait) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v 
 	if w.oneLeg() {
 		cfg.States, cfg.StatesEvery = webs, w.walkEvery()
 	}
+	giveCounters, err := opt.countersBefore(v.Name, webs...)
+	if err != nil {
+		return err
+	}
 	watch, err := observe.Start(ctx, cfg)
 	if err != nil {
 		return err
@@ -83,7 +87,7 @@ func (w *timeWait) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v 
 	if err != nil {
 		return err
 	}
-	if err := opt.giveTimeline(v.Name, timeline); err != nil {
+	if err := errors.Join(opt.giveTimeline(v.Name, timeline), giveCounters()); err != nil {
 		return err
 	}
 	return r.fill(timeline, seen)

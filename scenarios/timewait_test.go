@@ -21,9 +21,11 @@ func TestTimeWaitBuckets(t *testing.T) {
 		notRefuted(t, rec)
 		return
 	}
-	rec := run(t, &TimeWaitBuckets, Options{})
+	saved := savedCounts{}
+	rec := run(t, &TimeWaitBuckets, Options{Counters: saved.save})
 	allHeld(t, rec)
 	checkGolden(t, rec)
+	checkDiagnosis(t, rec, saved)
 
 	compressed := find(t, rec, "compressed")
 	for i := range compressed.Predictions {

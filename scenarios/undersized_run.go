@@ -33,6 +33,8 @@ type undersizedRun struct {
 	target *target
 	legs   []*undersizedLegRun
 
+	giveCounters func(of ...*netlab.Host) error
+
 	control sync.Mutex // of the target's control connection, which legs side by side share
 }
 
@@ -93,11 +95,17 @@ func (u *undersized) Measure(ctx context.Context, lab *netlab.Lab, opt Options, 
 			undersizedLeg: l, arm: r, host: lab.Host(l.host), lateness: loadgen.NewHistogram(), longest: p.latency + p.greeting,
 		})
 	}
+	if r.giveCounters, err = opt.countersBefore(v.Name, clients...); err != nil {
+		return err
+	}
 	watch, err := observe.Start(ctx, observe.Config{Counters: lab.Hosts()})
 	if err != nil {
 		return err
 	}
 	defer watch.Stop() //nolint:errcheck // the first Stop, below, returned the same error
+	if err := opt.others.await(ctx); err != nil {
+		return err
+	}
 	if err := r.drive(ctx); err != nil {
 		return err
 	}
@@ -272,7 +280,7 @@ func (l *undersizedLegRun) settle(ctx context.Context, p pool.Pool) error {
 	l.account = p.Account()
 	buckets, err := observe.ReadSockets(l.host, observe.Query{States: observe.SetOf(observe.TimeWait), RemotePort: redisPort})
 	l.tw = int64(len(buckets))
-	return err
+	return errors.Join(err, l.arm.giveCounters(l.host))
 }
 
 // ended looks at a call that is over. It is not called twice at a time.

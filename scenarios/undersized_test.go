@@ -20,9 +20,11 @@ func TestUndersizedPool(t *testing.T) {
 		}))
 		return
 	}
-	rec := run(t, &UndersizedPool, Options{})
+	saved := savedCounts{}
+	rec := run(t, &UndersizedPool, Options{Counters: saved.save})
 	allHeld(t, rec)
 	checkGolden(t, rec)
+	checkDiagnosis(t, rec, saved)
 
 	law := find(t, rec, "churn-law")
 	for i := range law.Predictions {

@@ -19,21 +19,22 @@ type client struct {
 	id    int64
 	fd    int
 	index int // in Server.clients
-	addr  netip.AddrPort
-	laddr netip.AddrPort // asked for when first needed
 
-	in      []byte // beginning of an unfinished request; empty most of the time
-	parser  resp.Parser
-	out     []byte // replies
-	written int    // bytes of out that the socket has taken
+	// The peer's address. A netip.AddrPort is four times as long, and a hundred thousand idle clients are to fit.
+	ip   [4]byte
+	port uint16
+
+	in      []byte       // beginning of an unfinished request; empty most of the time
+	parser  *resp.Parser // of the unfinished request; nil if there is none
+	out     []byte       // replies
+	written int          // bytes of out that the socket has taken
 
 	proto         resp.Version
 	db            int
 	authenticated bool
 	noEvict       bool
 	name          string
-	libName       string
-	libVersion    string
+	lib           *library // nil as long as it has not said
 
 	created  time.Duration // of the clock
 	lastSeen time.Duration // of the clock: last bytes read from it or written to it
@@ -51,6 +52,20 @@ type client struct {
 	held holdQueue
 }
 
+// library is what a client's library calls itself.
+type library struct{ name, version string }
+
+// library returns what is known of the client's library.
+func (c *client) library() library {
+	if c.lib == nil {
+		return library{}
+	}
+	return *c.lib
+}
+
+// addr returns the address that the client connected from.
+func (c *client) addr() netip.AddrPort { return netip.AddrPortFrom(netip.AddrFrom4(c.ip), c.port) }
+
 // keepBuffer is the capacity up to which a client's buffers stay allocated when they are empty.
 const keepBuffer = 4 << 10
 
@@ -58,12 +73,28 @@ const keepBuffer = 4 << 10
 const keepArgs = 1024
 
 func (s *Server) newClient(fd int) *client {
-	c := &client{id: s.nextID, fd: fd, index: len(s.clients), created: s.clock.now, lastSeen: s.clock.now}
-	s.reset(c)
+	c := s.connection(fd)
+	c.id = s.nextID
+	c.index = len(s.clients)
 	s.nextID++
 	s.clients = append(s.clients, c)
 	s.clientMemory += c.memory() // the cron counts anew
 	return c
+}
+
+// connection returns a client that is in no list yet.
+func (s *Server) connection(fd int) *client {
+	c := &client{fd: fd, created: s.clock.now, lastSeen: s.clock.now}
+	s.reset(c)
+	return c
+}
+
+// register has the events of a client's descriptor find it.
+func (s *Server) register(c *client) {
+	if c.fd >= len(s.byFD) {
+		s.byFD = append(s.byFD, make([]*client, c.fd+1-len(s.byFD))...)
+	}
+	s.byFD[c.fd] = c
 }
 
 // reset returns the state of the connection to that of a new one. Who connects while no password is set stays
@@ -98,7 +129,12 @@ func (c *client) sendable() []byte { return c.out[c.written : len(c.out)-c.held.
 
 // memory returns the bytes of the client's buffers.
 func (c *client) memory() int64 {
-	return int64(cap(c.in) + cap(c.out) + cap(c.held.holds)*holdSize + c.parser.Memory() + len(c.name) + len(c.libName) + len(c.libVersion) + clientSize)
+	lib := c.library()
+	n := cap(c.in) + cap(c.out) + cap(c.held.holds)*holdSize + len(c.name) + len(lib.name) + len(lib.version) + clientSize
+	if c.parser != nil {
+		n += c.parser.Memory()
+	}
+	return int64(n)
 }
 
 // clientSize is about what a client takes without its buffers.
@@ -112,17 +148,18 @@ func (c *client) shrink() {
 	if len(c.out) == 0 {
 		c.out = nil
 	}
-	c.parser.Release()
+	if c.parser != nil {
+		c.parser.Release()
+	}
 }
 
 // localAddr returns the address that the client connected to.
-func (s *Server) localAddr(c *client) netip.AddrPort {
-	if !c.laddr.IsValid() {
-		if sa, err := unix.Getsockname(c.fd); err == nil {
-			c.laddr = addrPortOf(sa)
-		}
+func (c *client) localAddr() netip.AddrPort {
+	sa, err := unix.Getsockname(c.fd)
+	if err != nil {
+		return netip.AddrPort{}
 	}
-	return c.laddr
+	return addrPortOf(sa)
 }
 
 // byID returns all clients, oldest first.
@@ -158,9 +195,9 @@ func (s *Server) describe(b *strings.Builder, c *client) {
 		events += "w"
 	}
 	age, idle := s.clock.now-c.created, s.clock.now-c.lastSeen
-	unsent := c.unsent()
+	unsent, lib := c.unsent(), c.library()
 	fmt.Fprintf(b, "id=%d addr=%s laddr=%s fd=%d name=%s age=%d idle=%d flags=%s db=%d sub=0 psub=0 ssub=0 multi=-1 qbuf=%d qbuf-free=%d argv-mem=0 multi-mem=0 rbs=%d rbp=%d obl=%d oll=0 omem=%d tot-mem=%d events=%s cmd=%s user=default redir=-1 resp=%d lib-name=%s lib-ver=%s tot-cmds=%d age-ms=%d idle-ms=%d fin-ms=%d",
-		c.id, c.addr, s.localAddr(c), c.fd, c.name, age/time.Second, idle/time.Second, flags, c.db, len(c.in), cap(c.in)-len(c.in), cap(c.out), cap(c.out), unsent, unsent, c.memory(), events, cmd, c.proto, c.libName, c.libVersion, c.requests, age.Milliseconds(), idle.Milliseconds(), fin)
+		c.id, c.addr(), c.localAddr(), c.fd, c.name, age/time.Second, idle/time.Second, flags, c.db, len(c.in), cap(c.in)-len(c.in), cap(c.out), cap(c.out), unsent, unsent, c.memory(), events, cmd, c.proto, lib.name, lib.version, c.requests, age.Milliseconds(), idle.Milliseconds(), fin)
 }
 
 // bulk replies with a string, unless that goes beyond what the client may let pile up: then it only notes that.

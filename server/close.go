@@ -1,6 +1,8 @@
 package server
 
 import (
+	"math"
+	"math/rand/v2"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +23,10 @@ func (s *Server) doom(c *client, by closer) {
 		return
 	}
 	c.doomed = true
+	if c == s.control {
+		s.closing.Store(true) // nobody is left to ask this worker for anything
+		return
+	}
 	s.doomed = append(s.doomed, c)
 	s.forget(c)
 	if c.leaving != nil {
@@ -31,6 +37,29 @@ func (s *Server) doom(c *client, by closer) {
 		}
 	}
 	s.stats.closes[by]++
+}
+
+// cut has a share of all clients closed, rounded to a whole number and chosen at random, and returns their number. The one
+// who asks is not among them, nor is a worker's control connection. The close sends FIN or, if it is to be a reset, RST: a
+// socket that may not linger at all is disconnected (net/ipv4/tcp.c, __tcp_close). Bytes that were not read make it RST, too.
+func (s *Server) cut(asker *client, share float64, reset bool) int64 {
+	var victims []*client
+	for _, o := range s.clients {
+		if o != asker && !o.doomed {
+			victims = append(victims, o)
+		}
+	}
+	n := int(math.Round(share * float64(len(victims))))
+	for i := range n {
+		j := i + rand.IntN(len(victims)-i)
+		victims[i], victims[j] = victims[j], victims[i]
+		if reset {
+			// Cannot fail on a TCP socket.
+			_ = unix.SetsockoptLinger(victims[i].fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+		}
+		s.doom(victims[i], byServer)
+	}
+	return int64(n)
 }
 
 // drop closes a doomed client.
@@ -47,7 +76,7 @@ func (s *Server) drop(c *client) {
 // clientFinished is what follows a client's FIN: the close, now or after CloseDelay. Until then it can take what is left
 // of its replies; what was no complete request is forgotten.
 func (s *Server) clientFinished(c *client) {
-	if s.cfg.CloseDelay == 0 {
+	if s.cfg.CloseDelay == 0 || c == s.control {
 		s.doom(c, byClient)
 		return
 	}

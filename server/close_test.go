@@ -3,6 +3,7 @@ package server
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // finish sends FIN and leaves the other direction open.
@@ -449,5 +451,44 @@ func BenchmarkDelayedCloses(b *testing.B) {
 				s.doomed = s.doomed[:0]
 			}
 		})
+	}
+}
+
+// A cut hits as many as it says, by FIN or by RST, and not the one who asks.
+func TestCut(t *testing.T) {
+	for _, tc := range []struct {
+		how  []string
+		want error
+	}{
+		{nil, io.EOF},
+		{[]string{"RST"}, unix.ECONNRESET},
+	} {
+		s := serve(t, nil)
+		admin := dial(t, s.Addr().String())
+		var conns []*conn
+		for range 11 {
+			c := dial(t, s.Addr().String())
+			c.do("PING")
+			conns = append(conns, c)
+		}
+		left := len(conns)
+		for _, share := range []struct {
+			of  string
+			cut int
+		}{{"0", 0}, {"0.2", 2}, {"0.5", 5}, {"1", 4}, {"1", 0}} {
+			v := admin.do(append([]string{"CONNLAB", "CUT", share.of}, tc.how...)...)
+			require.Equal(t, fmt.Sprint(":", share.cut), v.String(), "%v of %d", share.of, left)
+			left -= share.cut
+			admin.waitInfo("connected_clients", 1+left)
+		}
+		for _, c := range conns {
+			_, err := c.next(patience)
+			assert.ErrorIs(t, err, tc.want)
+		}
+		assert.Equal(t, "11", admin.info("closes_by_server"))
+		for _, bad := range []string{"-0.1", "1.1", "nan", "half", "0.5 FIN", "0.5 RST now"} {
+			v := admin.do(append([]string{"CONNLAB", "CUT"}, strings.Fields(bad)...)...)
+			assert.True(t, v.IsError(), "%s: %v", bad, v)
+		}
 	}
 }

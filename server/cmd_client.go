@@ -26,10 +26,11 @@ func clientSetName(s *Server, c *client, args [][]byte) {
 }
 
 func clientSetInfo(s *Server, c *client, args [][]byte) {
-	field := &c.libName
+	lib := c.library()
+	field := &lib.name
 	switch {
 	case isWord(args[2], "lib-ver"):
-		field = &c.libVersion
+		field = &lib.version
 	case !isWord(args[2], "lib-name"):
 		s.error(c, "ERR Unrecognized option '"+excerpt(args[2])+"'")
 		return
@@ -39,6 +40,7 @@ func clientSetInfo(s *Server, c *client, args [][]byte) {
 		return
 	}
 	*field = string(args[3])
+	c.lib = &lib
 	c.ok()
 }
 
@@ -190,8 +192,8 @@ func (s *Server) kill(c *client, f killFilter) (n int64) {
 	for _, o := range s.clients {
 		if o.doomed || f.otherType ||
 			f.id != 0 && o.id != f.id ||
-			f.addr != nil && o.addr.String() != *f.addr ||
-			f.laddr != nil && s.localAddr(o).String() != *f.laddr ||
+			f.addr != nil && o.addr().String() != *f.addr ||
+			f.laddr != nil && o.localAddr().String() != *f.laddr ||
 			f.keepMe && o == c {
 			continue
 		}

@@ -2,6 +2,7 @@ package server
 
 import (
 	"fmt"
+	"strconv"
 	"time"
 
 	"connlab/server/resp"
@@ -26,9 +27,42 @@ func (s *Server) amount(c *client, arg []byte, unit time.Duration) (time.Duratio
 }
 
 func connlabStall(s *Server, c *client, args [][]byte) {
-	if d, ok := s.amount(c, args[2], time.Millisecond); ok {
+	d, ok := s.amount(c, args[2], time.Millisecond)
+	switch {
+	case !ok:
+		return
+	case len(args) == 3:
 		s.armStall(d)
-		c.ok()
+	case len(args) == 5 && isWord(args[3], "at"):
+		unixMicro, ok := resp.ParseInt(args[4])
+		if !ok {
+			s.error(c, errNotInt)
+			return
+		}
+		in := time.Until(time.UnixMicro(unixMicro))
+		if in > maxStall {
+			s.error(c, fmt.Sprintf("ERR the stall is to begin in %v, more than %v from now", in.Round(time.Second), maxStall))
+			return
+		}
+		s.armStallAt(d, s.clock.tick()+max(in, -maxStall)) // as long as none can be, it is over by then
+	default:
+		s.error(c, errSyntax)
+		return
+	}
+	c.ok()
+}
+
+func connlabCut(s *Server, c *client, args [][]byte) {
+	share, err := strconv.ParseFloat(string(args[2]), 64)
+	switch {
+	case err != nil || !(share >= 0 && share <= 1): // NaN is neither
+		s.error(c, "ERR value is not a share between 0 and 1")
+	case len(args) == 3:
+		c.int(s.cut(c, share, false))
+	case len(args) == 4 && isWord(args[3], "rst"):
+		c.int(s.cut(c, share, true))
+	default:
+		s.error(c, errSyntax)
 	}
 }
 
@@ -65,7 +99,6 @@ func connlabAccept(s *Server, c *client, args [][]byte) {
 			}
 			until = s.clock.now + max(d, 1)
 		}
-		s.accept.paused = true
 		err = s.pauseAccept(until)
 	default:
 		s.error(c, errSyntax)

@@ -168,12 +168,13 @@ func infoConnlab(s *Server, b *strings.Builder) {
 		return t.UnixMicro()
 	}
 	accepting := 0
-	if s.accept.paused || s.accept.resumeAt != 0 {
+	if s.accept.stopped() {
 		accepting = 1
 	}
 	field(b, "backlog_asked", s.cfg.Backlog)
 	field(b, "backlog_granted", min(s.cfg.Backlog, s.somaxconn))
 	field(b, "accepts_per_cycle", s.cfg.AcceptsPerCycle)
+	field(b, "accept_rate", s.cfg.AcceptRate)
 	field(b, "accepted_total", s.stats.connections)
 	field(b, "accept_errors", s.stats.acceptErrors)
 	field(b, "accept_paused", accepting)

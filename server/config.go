@@ -27,6 +27,12 @@ type Config struct {
 	Hz              int // runs of the cron per second, 1 to 500; changeable
 	MaxClients      int // connections at a time; one more gets an error and is closed; changeable
 
+	// AcceptRate is how many connections a second are accepted at most, 0 for no limit; changeable. As long as the accept queue has
+	// any, it is the rate at which that queue drains: those above it stay there, and the loop serves its clients meanwhile. A
+	// quiet time saves up a little, see [AcceptBurst]. EMQX has the setting as max_conn_rate, 1,000 for its TCP listener in the
+	// emqx.conf of 4.x, where all of a second's connections are granted at the beginning of the second (esockd_limiter.erl).
+	AcceptRate int
+
 	Timeout   time.Duration // idle time after which a client is closed, in whole seconds, 0 for never; changeable
 	KeepAlive time.Duration // TCP keepalive, in whole seconds, 0 for none; changeable, for new connections
 
@@ -87,13 +93,15 @@ func DefaultConfig() Config {
 }
 
 // addrPort reads Addr.
-func (c *Config) addrPort() (netip.AddrPort, error) {
-	ap, err := netip.ParseAddrPort(c.Addr)
+func (c *Config) addrPort() (netip.AddrPort, error) { return parseAddr(c.Addr) }
+
+func parseAddr(addr string) (netip.AddrPort, error) {
+	ap, err := netip.ParseAddrPort(addr)
 	if err != nil {
-		return ap, fmt.Errorf("address %q is not IPv4:port, as 127.0.0.1:6379: %w", c.Addr, err)
+		return ap, fmt.Errorf("address %q is not IPv4:port, as 127.0.0.1:6379: %w", addr, err)
 	}
 	if !ap.Addr().Is4() {
-		return ap, fmt.Errorf("address %q is not IPv4, which is all this server speaks", c.Addr)
+		return ap, fmt.Errorf("address %q is not IPv4, which is all this server speaks", addr)
 	}
 	return ap, nil
 }

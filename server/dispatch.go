@@ -29,14 +29,15 @@ type command struct {
 type flags uint16
 
 const (
-	flagWrite    flags = 1 << iota
-	flagReadonly       // the two are exclusive
-	flagDenyOOM        // refused above MaxMemory
-	flagAdmin          // for operators
-	flagFast           // constant time
-	flagNoAuth         // allowed before AUTH
-	flagSecret         // its arguments are not shown in SLOWLOG
-	flagControl        // for looking at the server and setting it: no part in ServiceTime and MaxRequestRate; set by index
+	flagWrite       flags = 1 << iota
+	flagReadonly          // the two are exclusive
+	flagDenyOOM           // refused above MaxMemory
+	flagAdmin             // for operators
+	flagFast              // constant time
+	flagNoAuth            // allowed before AUTH
+	flagSecret            // its arguments are not shown in SLOWLOG
+	flagControl           // for looking at the server and setting it: no part in ServiceTime and MaxRequestRate; set by index
+	flagEveryWorker       // means the whole server: a worker takes it from its control connection only
 )
 
 // keySpec says where the keys are among the arguments; last is negative when counted from the end.
@@ -87,7 +88,7 @@ func (s *Server) execute(c *client, args [][]byte) {
 	start := s.clock.now
 	s.stats.commands++
 	cmd := find(s.commands, args[0])
-	if cmd == nil || cmd.flags&flagControl == 0 {
+	if (cmd == nil || cmd.flags&flagControl == 0) && c != s.control {
 		s.toServe = true
 	}
 	if cmd == nil {
@@ -108,6 +109,9 @@ func (s *Server) execute(c *client, args [][]byte) {
 		return
 	case cmd.flags&flagNoAuth == 0 && s.mustAuthenticate(c):
 		s.error(c, "NOAUTH Authentication required.")
+		return
+	case cmd.flags&flagEveryWorker != 0 && s.isWorker() && c != s.control:
+		s.error(c, "ERR this is one worker of several: '"+cmd.fullName+"' is taken at the control address, which passes it on to all")
 		return
 	case cmd.flags&flagDenyOOM != 0 && s.cfg.MaxMemory > 0 && s.usedMemory() > s.cfg.MaxMemory:
 		s.error(c, "OOM command not allowed when used memory > 'maxmemory'.")

@@ -8,6 +8,7 @@
 //     (include/net/sock.h, sk_acceptq_is_full).
 //   - Connections accepted per cycle of the loop are a setting: 1000 as in Redis up to 7.2 (MAX_ACCEPTS_PER_CALL), 10 as
 //     max-new-connections-per-cycle since 7.4.
+//   - Connections accepted per second can be limited (accept-rate), so that the rate at which the accept queue drains is known.
 //   - A stall can be injected into the cron (CONNLAB STALL, stall-every), outside any command, so that SLOWLOG does
 //     not see it; a slow command (CONNLAB DELAY, DEBUG SLEEP) it does see. Accepting can be paused alone (CONNLAB ACCEPT).
 //   - Latency that no command makes: every reply can be kept back for some time (service-time), and requests can be served
@@ -20,6 +21,8 @@
 //     kernel waits with the ACK, so that the client's FIN_WAIT_2 can be seen; or it closes first, after so many requests
 //     (close-after) or idle seconds (timeout), and TIME_WAIT is the server's. CLIENT LIST has ages and idle times in
 //     milliseconds too, INFO the number of closes by who ended the connection.
+//   - All connections can break at once: CONNLAB CUT closes a share of them by FIN or by RST.
+//   - More connections than one process may have open: workers ([Workers]) share one listening socket and so one accept queue.
 //
 // The loop is level-triggered. It waits in epoll_pwait and nowhere else, in epoll_pwait2 while replies are kept back, unless
 // it is told to stand still: in a stall, in a delayed command, in DEBUG SLEEP. Replies are kept until all events of a cycle

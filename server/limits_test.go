@@ -72,10 +72,28 @@ func TestMemoryCountsTheParser(t *testing.T) {
 	s.feed(c, in[len("*100000\r\n"):])
 	c.out = nil
 	assert.LessOrEqual(t, c.memory(), before+keepBuffer)
-	ask(t, s, c, "PING")
-	require.NotZero(t, c.parser.Memory())
-	c.shrink()
-	assert.Zero(t, c.parser.Memory())
+	assert.Nil(t, c.parser, "between requests the server's parser is enough")
+	assert.Zero(t, s.parser.Memory(), "that of the long request is gone")
+}
+
+// Clients share a parser but for unfinished requests: one that stops in the middle of a request, or breaks the protocol, does not
+// disturb another.
+func TestParsersAreApart(t *testing.T) {
+	s, a := offline(t)
+	requests := map[string]string{"whole": "*2\r\n$4\r\nECHO\r\n$5\r\nwhole\r\n", "inline": "ECHO inline\r\n"}
+	for cut := 1; cut < len(requests["whole"]); cut++ {
+		b, broken := s.newClient(-1), s.newClient(-1)
+		a.out = a.out[:0]
+		s.feed(a, []byte(requests["whole"][:cut]))
+		s.feed(broken, []byte("*1\r\nbad\r\n"))
+		assert.Equal(t, "-ERR Protocol error: expected '$', got 'b'\r\n", string(broken.out))
+		s.feed(b, []byte(requests["inline"]+requests["whole"][:cut/2]))
+		s.feed(b, []byte(requests["whole"][cut/2:]))
+		assert.Equal(t, "$6\r\ninline\r\n$5\r\nwhole\r\n", string(b.out), "cut at %d", cut)
+		s.feed(a, []byte(requests["whole"][cut:]))
+		assert.Equal(t, "$5\r\nwhole\r\n", string(a.out), "cut at %d", cut)
+		assert.Nil(t, a.parser)
+	}
 }
 
 func TestNamesAreBounded(t *testing.T) {

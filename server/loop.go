@@ -1,8 +1,6 @@
 package server
 
 import (
-	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -20,6 +18,9 @@ func (s *Server) loop() error {
 	var served int64 // requests of the last cycle
 	for !s.closing.Load() {
 		s.beforeSleep()
+		if err := s.acceptAgain(); err != nil {
+			return err
+		}
 		events, err := s.wait(looksPerRequest * served)
 		if err != nil {
 			return err
@@ -34,14 +35,12 @@ func (s *Server) loop() error {
 		}
 		served = s.stats.commands - before
 		s.closeDue()
-		if s.accept.resumeAt != 0 && s.clock.now >= s.accept.resumeAt {
-			if err := s.resumeAccept(); err != nil {
-				return err
-			}
-		}
 		if s.clock.now >= s.nextCron {
 			s.cron()
-			s.nextCron = s.clock.now + s.cronPeriod()
+			s.planCron()
+			if err := s.acceptUnreported(); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -60,8 +59,8 @@ func (s *Server) wait(looks int64) ([]unix.EpollEvent, error) {
 // untilTimer returns how long the loop may wait for events, but for replies that are held.
 func (s *Server) untilTimer() time.Duration {
 	next := s.nextCron
-	if s.accept.resumeAt != 0 {
-		next = min(next, s.accept.resumeAt)
+	if at, ok := s.nextAccept(); ok {
+		next = min(next, at)
 	}
 	if _, at, ok := s.nextClose(); ok {
 		next = min(next, at)
@@ -126,77 +125,6 @@ func (s *Server) beforeSleep() {
 	s.doomed = s.doomed[:0]
 }
 
-// acceptState is the listener's side of the loop.
-type acceptState struct {
-	paused   bool          // by CONNLAB ACCEPT PAUSE
-	resumeAt time.Duration // of the clock: end of a pause, 0 for none
-}
-
-// acceptReady accepts up to AcceptsPerCycle connections.
-func (s *Server) acceptReady() error {
-	if s.accept.paused {
-		return nil // by a command served after the wait that reported the listener
-	}
-	for range s.cfg.AcceptsPerCycle {
-		fd, peer, errno := sysAccept(s.listenFD)
-		switch errno {
-		case 0:
-			s.admit(fd, peer)
-			continue
-		case unix.EAGAIN:
-			return nil
-		case unix.EINTR, unix.ECONNABORTED:
-			continue
-		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
-			// Nothing can be accepted now, and level-triggered epoll would report the listener for ever.
-			s.stats.acceptErrors++
-			return s.pauseAccept(s.clock.now + s.cronPeriod())
-		}
-		return fmt.Errorf("accepting on %s: %w", s.addr, errno)
-	}
-	return nil
-}
-
-// admit makes a client of an accepted connection, or sends it away when there are too many.
-func (s *Server) admit(fd int, peer netip.AddrPort) {
-	s.stats.connections++
-	s.clock.tick() // up to AcceptsPerCycle connections come in one event; each has an age of its own
-	if len(s.clients) >= s.cfg.MaxClients {
-		s.stats.rejected++
-		_, _ = sysWrite(fd, []byte("-ERR max number of clients reached\r\n")) // best effort, as in Redis
-		unix.Close(fd)
-		return
-	}
-	if err := s.poll.add(fd, unix.EPOLLIN); err != nil {
-		s.stats.acceptErrors++
-		unix.Close(fd)
-		return
-	}
-	c := s.newClient(fd)
-	c.addr = peer
-	if fd >= len(s.byFD) {
-		s.byFD = append(s.byFD, make([]*client, fd+1-len(s.byFD))...)
-	}
-	s.byFD[fd] = c
-}
-
-// pauseAccept takes the listener out of the poll until the given time of the clock, 0 for until it is resumed.
-func (s *Server) pauseAccept(until time.Duration) error {
-	s.accept.resumeAt = until
-	if err := s.poll.modify(s.listenFD, 0); err != nil {
-		return fmt.Errorf("pausing accept: %w", err)
-	}
-	return nil
-}
-
-func (s *Server) resumeAccept() error {
-	s.accept = acceptState{}
-	if err := s.poll.modify(s.listenFD, unix.EPOLLIN); err != nil {
-		return fmt.Errorf("resuming accept: %w", err)
-	}
-	return nil
-}
-
 // readable reads once from a client and serves what is complete.
 func (s *Server) readable(c *client) {
 	n, errno := sysRead(c.fd, s.readBuf)
@@ -239,10 +167,9 @@ func (s *Server) feed(c *client, data []byte) {
 	switch {
 	case n == len(c.in) && cap(c.in) > keepBuffer:
 		c.in = nil
-		c.parser.Release() // the last arguments point into it
 	case n > 0 && cap(c.in) > keepBuffer:
 		c.in = slices.Clone(c.in[n:])
-		c.parser.Release()
+		c.parser.Release() // the last arguments point into the old one
 	case n > 0:
 		c.in = c.in[:copy(c.in, c.in[n:])]
 	}
@@ -252,34 +179,45 @@ func (s *Server) feed(c *client, data []byte) {
 	}
 }
 
-// process serves the complete requests at the start of buf and returns how many bytes they took.
+// process serves the complete requests at the start of buf and returns how many bytes they took. A client has a parser of its
+// own only in the middle of a request; most are between two.
 func (s *Server) process(c *client, buf []byte) (consumed int) {
 	c.compact()
 	lim := s.limits
+	parser := &s.parser
+	if c.parser != nil {
+		parser = c.parser
+	}
 	for consumed < len(buf) && !c.doomed && !c.closeAfterReply {
 		lim.Unauthenticated = s.mustAuthenticate(c)
-		n, args, err := c.parser.Next(buf[consumed:], lim)
+		n, args, err := parser.Next(buf[consumed:], lim)
 		if err != nil {
 			s.stats.protocolErrors++
 			s.error(c, "ERR "+err.Error())
 			c.closeAfterReply = true
+			*parser = resp.Parser{} // it lost its place
 			break
 		}
 		if n == 0 {
+			if c.parser == nil {
+				c.parser = new(s.parser)
+				s.parser = resp.Parser{}
+			}
 			return consumed
 		}
 		consumed += n
 		if len(args) > 0 {
 			s.execute(c, args)
 			c.requests++
-			if s.cfg.CloseAfter > 0 && c.requests >= s.cfg.CloseAfter {
+			if s.cfg.CloseAfter > 0 && c.requests >= s.cfg.CloseAfter && c != s.control {
 				c.closeAfterReply = true
 			}
 		}
 		if len(args) > keepArgs {
-			c.parser.Release()
+			parser.Release()
 		}
 	}
+	c.parser = nil
 	return len(buf)
 }
 

@@ -27,11 +27,18 @@ const reservedFiles = 32
 // Main runs the server as a program: it reads the flags, listens, prints one line "ready addr=… backlog=… pid=…" to
 // stdout and serves until ctx is done. It returns the exit code: 0, 1 for a failure, 2 for wrong usage. It changes
 // settings of the whole process: the limit of open files and the garbage collector's.
+//
+// With workers ([Workers]) the line goes on with "workers=… control=…". They are this program executed again: by the command
+// line of the process, which must end in args.
 func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	cfg := DefaultConfig()
+	var workers Workers
+	var inherited descriptors
 	fs := flag.NewFlagSet("server", flag.ContinueOnError)
 	fs.SetOutput(stderr)
 	cfg.Flags(fs)
+	workers.Flags(fs)
+	inherited.flags(fs)
 	switch err := fs.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		return exitOK
@@ -41,36 +48,64 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "server: unexpected argument %q: everything is a flag, see --help\n", fs.Arg(0))
 		return exitUsage
 	}
-	tuneRuntime()
-	if warning, err := fitFileLimit(&cfg); err != nil {
+	if err := workers.validate(); err != nil {
 		fmt.Fprintln(stderr, "server:", err)
-		return exitFailure
-	} else if warning != "" {
-		fmt.Fprintln(stderr, "server: warning:", warning)
+		return exitUsage
 	}
-	s, err := New(cfg)
+	var err error
+	switch {
+	case inherited.given():
+		err = serveInherited(ctx, cfg, inherited)
+	case workers.none():
+		err = serveAlone(ctx, cfg, stdout, stderr)
+	default:
+		err = workers.supervise(ctx, cfg, args, stdout, stderr)
+	}
 	if err != nil {
-		fmt.Fprintln(stderr, "server:", err)
-		return exitFailure
-	}
-	for _, w := range s.Warnings() {
-		fmt.Fprintln(stderr, "server: warning:", w)
-	}
-	fmt.Fprintf(stdout, "ready addr=%s backlog=%d pid=%d\n", s.Addr(), cfg.Backlog, os.Getpid())
-	if err := s.Serve(ctx); err != nil {
 		fmt.Fprintln(stderr, "server:", err)
 		return exitFailure
 	}
 	return exitOK
 }
 
+// serveAlone is the server of one process.
+func serveAlone(ctx context.Context, cfg Config, stdout, stderr io.Writer) error {
+	tuneRuntime(roomyGC)
+	warning, err := fitFileLimit(&cfg)
+	if err != nil {
+		return err
+	}
+	warn(stderr, warning)
+	s, err := New(cfg)
+	if err != nil {
+		return err
+	}
+	for _, w := range s.Warnings() {
+		warn(stderr, w)
+	}
+	fmt.Fprintf(stdout, "ready addr=%s backlog=%d pid=%d\n", s.Addr(), cfg.Backlog, os.Getpid())
+	return s.Serve(ctx)
+}
+
+func warn(stderr io.Writer, warning string) {
+	if warning != "" {
+		fmt.Fprintln(stderr, "server: warning:", warning)
+	}
+}
+
+// How far the heap may grow beyond what is alive before a collection, in percent of that. What is alive is small
+// unless keys fill it, so a server of one process has room. Workers are there to hold many clients in little memory.
+const (
+	roomyGC  = 400
+	frugalGC = 50
+)
+
 // tuneRuntime fits the Go runtime to a process with one busy thread. Two processors: one for the loop, one on which the
-// garbage collector can work beside it. The heap may grow to five times what is alive before a collection, since
-// what is alive is small unless keys fill it, and half of the machine's memory is the limit from which the collector works
-// harder instead.
-func tuneRuntime() {
+// garbage collector can work beside it. Half of the machine's memory is the limit from which the collector works harder
+// than gcPercent says.
+func tuneRuntime(gcPercent int) {
 	runtime.GOMAXPROCS(2)
-	debug.SetGCPercent(400)
+	debug.SetGCPercent(gcPercent)
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err == nil {
 		debug.SetMemoryLimit(int64(si.Totalram) * int64(si.Unit) / 2)

@@ -120,7 +120,7 @@ func TestRedisCLI(t *testing.T) {
 	assert.Equal(t, "1# \"hz\" => \"10\"\n", run(t, s, "redis-cli", "-3", "--no-raw", "CONFIG", "GET", "hz"))
 	assert.Contains(t, run(t, s, "redis-cli", "INFO"), "accepted_total:")
 	assert.Contains(t, run(t, s, "redis-cli", "-n", "3", "CLIENT", "LIST"), " db=3 ")
-	assert.Contains(t, run(t, s, "redis-cli", "CONNLAB", "HELP"), "STALL <milliseconds>\n")
+	assert.Contains(t, run(t, s, "redis-cli", "CONNLAB", "HELP"), "STALL <milliseconds> [AT <unix-microseconds>]\n")
 	assert.Contains(t, run(t, s, "redis-cli", "COMMAND", "DOCS"), "Returns the string value of a key.")
 	assert.Equal(t, "ERR unknown command 'NOSUCH', with args beginning with: \n\n", run(t, s, "redis-cli", "NOSUCH"))
 }

@@ -66,6 +66,8 @@ func (p *poller) modify(fd int, events uint32) error {
 	return unix.EpollCtl(p.fd, unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)})
 }
 
+func (p *poller) remove(fd int) error { return unix.EpollCtl(p.fd, unix.EPOLL_CTL_DEL, fd, nil) }
+
 // rawWait is how long the loop waits for events without telling the scheduler. Under load the next event is there within
 // that time, and handing the processor back and forth would cost more than parsing it. The garbage collector need not
 // wait for the thread: its preemption signal interrupts epoll_pwait, which the kernel never restarts. The time is that

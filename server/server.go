@@ -34,6 +34,7 @@ type Server struct {
 	state   state
 	closing atomic.Bool
 
+	control *client   // of a worker: the connection to its supervisor, which is not among clients; nil: no worker
 	byFD    []*client // index: descriptor
 	clients []*client // dense, in no order
 	pending []*client // have replies to write before the next wait
@@ -41,6 +42,7 @@ type Server struct {
 	leaving list.List // of *client: have sent FIN and wait for CloseDelay, in that order
 	held    heldClients
 	nextID  int64
+	parser  resp.Parser // of clients that are not in the middle of a request
 
 	station     station
 	heldReplies int
@@ -53,6 +55,7 @@ type Server struct {
 	slowlog  slowlog
 	stall    stallState
 	accept   acceptState
+	tokens   bucket // of AcceptRate
 	stats    stats
 
 	nextCron     time.Duration // of the clock
@@ -118,42 +121,61 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, listenFD: -1, wakeFD: -1, readBuf: make([]byte, readSize), nextID: 1}
+	fd, bound, err := listen(at, cfg.Backlog, cfg.KeepAlive)
+	if err != nil {
+		return nil, err
+	}
+	return newServer(cfg, fd, bound)
+}
+
+// newServer makes a server of a listening socket, which it takes over.
+func newServer(cfg Config, listenFD int, addr netip.AddrPort) (_ *Server, err error) {
+	s := &Server{cfg: cfg, addr: addr, listenFD: listenFD, wakeFD: -1, poll: &poller{fd: -1}, readBuf: make([]byte, readSize), nextID: 1}
+	defer func() {
+		if err != nil {
+			s.release()
+		}
+	}()
 	if s.somaxconn, err = somaxconn(); err != nil {
 		return nil, err
 	}
-	if cfg.Backlog > s.somaxconn {
-		s.warnings = append(s.warnings, fmt.Sprintf("the backlog of %d cannot be enforced: net.core.somaxconn is %d here; raise it (sysctl net.core.somaxconn=%d) and start again",
-			cfg.Backlog, s.somaxconn, cfg.Backlog))
+	if w := backlogWarning(cfg.Backlog, s.somaxconn); w != "" {
+		s.warnings = append(s.warnings, w)
 	}
 	s.commands = index(commandTable())
 	s.keys.init()
 	s.clock.base = time.Now()
 	s.clock.syncWall()
-	if s.poll, err = newPoller(eventsFor(cfg.MaxClients)); err != nil {
+	p, err := newPoller(eventsFor(cfg.MaxClients))
+	if err != nil {
 		return nil, err
 	}
+	s.poll = p
 	if s.wakeFD, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err != nil {
-		s.release()
 		return nil, fmt.Errorf("creating an eventfd: %w", err)
 	}
-	if s.listenFD, s.addr, err = listen(at, cfg.Backlog, cfg.KeepAlive); err != nil {
-		s.release()
+	if err := s.poll.add(s.wakeFD, unix.EPOLLIN); err != nil {
+		return nil, fmt.Errorf("adding an eventfd to epoll: %w", err)
+	}
+	if err := s.startAccepting(); err != nil {
 		return nil, err
 	}
 	s.cfg.Addr = s.addr.String()
-	for _, fd := range []int{s.wakeFD, s.listenFD} {
-		if err := s.poll.add(fd, unix.EPOLLIN); err != nil {
-			s.release()
-			return nil, fmt.Errorf("adding a descriptor to epoll: %w", err)
-		}
-	}
 	s.configChanged()
 	return s, nil
 }
 
-// eventsFor returns how many events one wait must be able to report: every client, the listener and the wake-up.
-func eventsFor(maxClients int) int { return min(maxClients, 1<<20) + 2 }
+// backlogWarning says what is wrong with a backlog, or nothing if it is not.
+func backlogWarning(backlog, somaxconn int) string {
+	if backlog <= somaxconn {
+		return ""
+	}
+	return fmt.Sprintf("the backlog of %d cannot be enforced: net.core.somaxconn is %d here; raise it (sysctl net.core.somaxconn=%d) and start again", backlog, somaxconn, backlog)
+}
+
+// eventsFor returns how many events one wait must be able to report: every client, the listener, the wake-up and a
+// worker's control connection.
+func eventsFor(maxClients int) int { return min(maxClients, 1<<20) + 3 }
 
 // Addr returns the address that the server listens on, with the port that the kernel chose.
 func (s *Server) Addr() netip.AddrPort { return s.addr }
@@ -208,7 +230,10 @@ func (s *Server) releaseLocked() {
 	for _, c := range s.clients {
 		unix.Close(c.fd)
 	}
-	s.clients, s.byFD = nil, nil
+	if s.control != nil {
+		unix.Close(s.control.fd)
+	}
+	s.clients, s.byFD, s.control = nil, nil, nil
 	for _, fd := range []int{s.listenFD, s.wakeFD, s.poll.fd} {
 		if fd >= 0 {
 			unix.Close(fd)
@@ -236,6 +261,7 @@ func (s *Server) configChanged() {
 	}
 	s.slowlog.trim(s.cfg.SlowlogMaxLen)
 	s.station.setRate(s.cfg.MaxRequestRate)
+	s.tokens.setRate(s.cfg.AcceptRate, s.clock.now)
 	s.nextCron = min(s.nextCron, s.clock.now+s.cronPeriod())
 }
 

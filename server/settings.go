@@ -59,6 +59,8 @@ var settings = []setting{
 		"`places` asked of listen(2) for connections that wait to be accepted; the kernel caps them at net.core.somaxconn and grants one more").atStart(),
 	number("max-new-connections-per-cycle", func(c *Config) *int { return &c.AcceptsPerCycle }, 1, 1_000_000).asFlag("accepts-per-cycle",
 		"`connections` accepted in one turn of the loop before other clients are served: 1000 as Redis to 7.2, 10 as Redis from 7.4"),
+	number("accept-rate", func(c *Config) *int { return &c.AcceptRate }, 0, maxAcceptRate).asFlag("accept-rate",
+		"`connections` accepted per second at most while others wait in the accept queue, 0 for no limit; of workers each"),
 	number("hz", func(c *Config) *int { return &c.Hz }, 1, 500).asFlag("hz",
 		"`runs` of the cron per second; an armed stall waits for the next one"),
 	number("maxclients", func(c *Config) *int { return &c.MaxClients }, 1, math.MaxInt32).asFlag("maxclients",
@@ -115,6 +117,9 @@ var settings = []setting{
 	constant("databases", strconv.Itoa(databases)),
 	constant("maxmemory-policy", "noeviction"),
 }
+
+// maxAcceptRate is more than a kernel completes connections.
+const maxAcceptRate = 1_000_000
 
 // maxStall bounds every way to make the thread stand still.
 const maxStall = 10 * time.Minute

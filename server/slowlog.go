@@ -31,7 +31,7 @@ const (
 
 // add notes a command.
 func (l *slowlog) add(c *client, args [][]byte, secret bool, unix int64, d time.Duration, maxLen int) {
-	e := slowEntry{id: l.nextID, unix: unix, duration: d, addr: c.addr.String(), name: strings.Clone(c.name[:min(len(c.name), slowlogMaxString)])}
+	e := slowEntry{id: l.nextID, unix: unix, duration: d, addr: c.addr().String(), name: strings.Clone(c.name[:min(len(c.name), slowlogMaxString)])}
 	l.nextID++
 	for i, a := range args {
 		switch {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -142,4 +143,37 @@ func TestAcceptsPerCycle(t *testing.T) {
 		accepted, cycles = counters()
 		require.LessOrEqual(t, accepted-accepted0, perCycle*(cycles-cycles0), "after %d cycles", cycles-cycles0)
 	}
+}
+
+// A stall at a given time is there for several servers at once: it begins no earlier and, late as it may begin, ends on time.
+func TestStallAt(t *testing.T) {
+	s := serve(t, func(c *Config) { c.Hz = 1 })
+	c := dial(t, s.Addr().String())
+	const stall = 300 * time.Millisecond
+	at := time.Now().Add(100 * time.Millisecond)
+	require.Equal(t, "+OK", c.do("CONNLAB", "STALL", fmt.Sprint(stall.Milliseconds()), "AT", fmt.Sprint(at.UnixMicro())).String())
+	c.waitInfo("stalls_total", 1)
+	begin, end := number64(t, c.info("last_stall_start_us")), number64(t, c.info("last_stall_end_us"))
+	assert.GreaterOrEqual(t, begin, at.UnixMicro())
+	assert.Less(t, begin, at.Add(stall).UnixMicro(), "it does not wait for the cron, which is due once a second")
+	assert.InDelta(t, at.Add(stall).UnixMicro(), end, float64(stall.Microseconds()))
+
+	passed := time.Now().Add(-stall * 9 / 10)
+	require.Equal(t, "+OK", c.do("CONNLAB", "STALL", fmt.Sprint(stall.Milliseconds()), "AT", fmt.Sprint(passed.UnixMicro())).String())
+	c.waitInfo("stalls_total", 2)
+	assert.Less(t, number64(t, c.info("stalled_us")), (2 * stall).Microseconds(), "the second had only a tenth of its time left")
+
+	require.Equal(t, "+OK", c.do("CONNLAB", "STALL", "300", "AT", "0").String())
+	c.waitInfo("stall_armed_us", 0)
+	assert.Equal(t, "2", c.info("stalls_total"), "that one was over long ago")
+
+	for _, tc := range []struct{ request, want string }{
+		{"CONNLAB STALL 5 AT", "-ERR syntax error"},
+		{"CONNLAB STALL 5 IN 5", "-ERR syntax error"},
+		{"CONNLAB STALL 5 AT soon", "-ERR value is not an integer or out of range"},
+		{fmt.Sprint("CONNLAB STALL 5 AT ", time.Now().Add(2*maxStall).UnixMicro()), "more than 10m0s from now"},
+	} {
+		assert.Contains(t, c.do(strings.Fields(tc.request)...).String(), tc.want, tc.request)
+	}
+	assert.Equal(t, "0", c.info("stall_armed_us"))
 }

@@ -29,8 +29,8 @@ func commandTable() []command {
 		}},
 		{name: "config", arity: -2, group: groupServer, since: "2.0.0", summary: "A container for server configuration commands.", subs: []command{
 			{name: "get", arity: -3, flags: flagAdmin, since: "2.0.0", usage: "<pattern> [<pattern> ...]", summary: "Return the settings whose names match.", run: configGet},
-			{name: "set", arity: -4, flags: flagAdmin | flagSecret, since: "2.0.0", usage: "<name> <value> [<name> <value> ...]", summary: "Change settings, all of them or none.", run: configSet},
-			{name: "resetstat", arity: 2, flags: flagAdmin, since: "2.0.0", summary: "Set the counters of INFO to zero.", run: configResetStat},
+			{name: "set", arity: -4, flags: flagAdmin | flagSecret | flagEveryWorker, since: "2.0.0", usage: "<name> <value> [<name> <value> ...]", summary: "Change settings, all of them or none.", run: configSet},
+			{name: "resetstat", arity: 2, flags: flagAdmin | flagEveryWorker, since: "2.0.0", summary: "Set the counters of INFO to zero.", run: configResetStat},
 		}},
 		{name: "connlab", arity: -2, group: groupConnlab, since: "1.0.0", summary: "A container for the injection of faults.", subs: connlabTable()},
 		{name: "dbsize", arity: 1, flags: flagReadonly | flagFast, group: groupServer, since: "1.0.0", summary: "Returns the number of keys in the database.", run: dbsize},
@@ -77,8 +77,9 @@ func clientTable() []command {
 
 func connlabTable() []command {
 	return []command{
-		{name: "accept", arity: -3, flags: flagAdmin, since: "1.0.0", usage: "(PAUSE [<milliseconds>]|RESUME)", summary: "Stop accepting connections, for some time or until RESUME; clients that are connected are served on.", run: connlabAccept},
-		{name: "delay", arity: 4, flags: flagAdmin, since: "1.0.0", usage: "(<command>|*) <microseconds>", summary: "Have a command, or every one, take this long; the thread is busy with it, and SLOWLOG sees it. 0 ends it.", run: connlabDelay},
-		{name: "stall", arity: 3, flags: flagAdmin, since: "1.0.0", usage: "<milliseconds>", summary: "Have the next run of the cron stand still this long, outside any command: SLOWLOG does not see it.", run: connlabStall},
+		{name: "accept", arity: -3, flags: flagAdmin | flagEveryWorker, since: "1.0.0", usage: "(PAUSE [<milliseconds>]|RESUME)", summary: "Stop accepting connections, for some time or until RESUME; clients that are connected are served on.", run: connlabAccept},
+		{name: "cut", arity: -3, flags: flagAdmin | flagEveryWorker, since: "1.0.0", usage: "<share> [RST]", summary: "Close this share, 0 to 1, of all connections but the one that asks, by FIN or by RST, and return their number.", run: connlabCut},
+		{name: "delay", arity: 4, flags: flagAdmin | flagEveryWorker, since: "1.0.0", usage: "(<command>|*) <microseconds>", summary: "Have a command, or every one, take this long; the thread is busy with it, and SLOWLOG sees it. 0 ends it.", run: connlabDelay},
+		{name: "stall", arity: -3, flags: flagAdmin | flagEveryWorker, since: "1.0.0", usage: "<milliseconds> [AT <unix-microseconds>]", summary: "Have the next run of the cron stand still this long, or one at the given time, outside any command: SLOWLOG does not see it.", run: connlabStall},
 	}
 }

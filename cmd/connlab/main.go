@@ -109,14 +109,14 @@ Start here:
 		SilenceUsage:  true,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usageErrorf("unknown verb %q; there is: list, show, run, compare, doctor, server, proxy, balancer, load, probe, pools", args[0])
+				return usageErrorf("unknown verb %q; there is: list, show, run, compare, doctor, server, proxy, balancer, load, fleet, probe, pools, diagnose", args[0])
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return exitError{exitUsage, err} })
-	root.AddCommand(newList(), newShow(), newRun(), newCompare(), newDoctor(), newServer(), newProxy(), newBalancer(), newLoad(), newProbe(), newPools())
+	root.AddCommand(newList(), newShow(), newRun(), newCompare(), newDoctor(), newServer(), newProxy(), newBalancer(), newLoad(), newFleet(), newProbe(), newPools(), newDiagnose())
 	return root
 }
 

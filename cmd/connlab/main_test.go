@@ -23,12 +23,12 @@ import (
 	"connlab/scenarios"
 )
 
-// asConnlab makes the test binary be connlab: runs start it as `connlab server` and
-// `connlab proxy`, and tests start it as another user or to interrupt it.
+// asConnlab makes the test binary be connlab: runs start it as `connlab server`,
+// `connlab proxy` and `connlab fleet`, and tests start it as another user or to interrupt it.
 const asConnlab = "CONNLAB_TEST_AS_CONNLAB"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asConnlab) != "" || len(os.Args) > 1 && slices.Contains([]string{"server", "proxy"}, os.Args[1]) {
+	if os.Getenv(asConnlab) != "" || len(os.Args) > 1 && slices.Contains([]string{"server", "proxy", "fleet"}, os.Args[1]) {
 		os.Exit(connlab(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 	}
 	os.Exit(m.Run())
@@ -100,7 +100,7 @@ func TestListAndShow(t *testing.T) {
 }
 
 func TestHelpTeaches(t *testing.T) {
-	for _, verb := range []string{"list", "show", "run", "compare", "doctor", "server", "load"} {
+	for _, verb := range []string{"list", "show", "run", "compare", "doctor", "server", "load", "fleet"} {
 		o := run(verb, "--help")
 		assert.Equal(t, exitOK, o.code, verb)
 		assert.Contains(t, o.stdout, "Usage:", verb)
@@ -227,7 +227,7 @@ var small = []string{"--set", "hosts=10", "--set", "held=50", "--set", "rate=500
 func TestRun(t *testing.T) {
 	needLab(t)
 	dir := t.TempDir()
-	o := run(append([]string{"run", "backlog", "--variant", "incident", "--json", "--save", dir, "--timeline", dir}, small...)...)
+	o := run(append([]string{"run", "backlog", "--variant", "incident", "--json", "--save", dir, "--timeline", dir, "--counters", dir}, small...)...)
 	require.Equal(t, exitOK, o.code, o.stdout+o.stderr)
 	rec, err := results.Read(strings.NewReader(o.stdout))
 	require.NoError(t, err, "one JSON document on standard output")
@@ -239,6 +239,10 @@ func TestRun(t *testing.T) {
 	timeline, err := os.ReadFile(filepath.Join(dir, "backlog-incident.csv"))
 	require.NoError(t, err)
 	assert.Contains(t, string(timeline), "server,Listen.Depth,65", "the queue of 64+1 places was full")
+	counters := filepath.Join(dir, "backlog-incident-server")
+	o = run("diagnose", "--before", counters+".before.txt", counters+".after.txt")
+	assert.Equal(t, exitOK, o.code, o.stderr)
+	assert.Contains(t, o.stdout, "Verdict: backlog.", "what a run saves can be diagnosed")
 
 	o = run(append([]string{"run", "backlog", "--variant", "incident", "-q", "--set", "stall=0s"}, small[:8]...)...)
 	assert.Equal(t, exitRefuted, o.code, "no stall, no incident: %s", o.stdout)

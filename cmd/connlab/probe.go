@@ -31,6 +31,10 @@ type probeOptions struct {
 	ports       string
 	local       string
 	json, quiet bool
+
+	connectOnly bool
+	every       time.Duration
+	duration    time.Duration
 }
 
 // Bounds of a probe by hand: no probe is endless.
@@ -79,11 +83,25 @@ that met in one round are likely to meet in the next. --interval 10s is long eno
 Attempts that fail are logged on standard error, up to 20 of a kind in each round. It needs no root, and works in the
 network namespace it is started in.
 
+With --connect-only it is a prober like telnet, for one target or up to 10: it connects
+to each every 100 ms (--every) for a minute (--for), sends nothing, and tells how long
+each connect took and which SYN was answered. The next connect starts on time even
+while earlier ones hang, and so it sees a listener whose accept queue is full as people
+do: "Connecting…", until the kernel sends the SYN again and there is room. A connect
+that takes 0.5 s or longer is logged, up to 20 of a kind. --timeout is then 30 s by
+default; --ports and --local work as above.
+A connection is closed as soon as it is open. TIME_WAIT is then the prober's, for a
+minute: at 10 connects a second 600 of them, each with a local port. And each connect
+takes a place in the accept queue until the server accepts it, closed or not: at a
+server that has stopped accepting, the prober fills the queue by itself.
+
 Exit codes: 0 every instance answered at the first try, 1 some timed out, failed, or
-closed before the round was over, 2 usage, 3 interrupted.`,
+closed before the round was over, 2 usage, 3 interrupted. With --connect-only: 0 every
+connect took less than 0.5 s, 1 some took longer or failed, 2 and 3 the same.`,
 		Example: `  connlab probe 10.8.0.1+1000:6379 --rounds 20
   connlab probe 10.8.0.1 10.8.0.16 --ports bind:41234 --retries 0    # one proxy of 15 serves both: they collide
-  connlab probe - --json < instances.txt`,
+  connlab probe - --json < instances.txt
+  connlab probe --connect-only 10.8.0.1:6379 --for 10m               # who sees "Connecting…", and for how long`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usageErrorf("connlab probe wants a target: ADDR:PORT, ADDR+COUNT:PORT, or - to read them from standard input")
@@ -91,6 +109,19 @@ closed before the round was over, 2 usage, 3 interrupted.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if o.connectOnly {
+				cfg, err := o.connectConfig(cmd.Flags())
+				if err != nil {
+					return err
+				}
+				if cfg.Targets, err = connectTargets(args, cmd.InOrStdin()); err != nil {
+					return err
+				}
+				return probeConnects(cmd.Context(), o, cfg, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			}
+			if err := checkDetectorFlags(cmd.Flags()); err != nil {
+				return err
+			}
 			cfg, err := o.config()
 			if err != nil {
 				return err
@@ -104,7 +135,10 @@ closed before the round was over, 2 usage, 3 interrupted.`,
 	f := cmd.Flags()
 	f.IntVar(&o.rounds, "rounds", 1, "`number` of rounds, in each of which every instance is probed")
 	f.DurationVar(&o.interval, "interval", time.Second, "from the end of a round to the next")
-	f.DurationVar(&o.timeout, "timeout", time.Second, "how long to wait for a connection, and again for the reply")
+	f.DurationVar(&o.timeout, "timeout", time.Second, "how long to wait for a connection, and again for the reply; with --connect-only 30s by default")
+	f.BoolVar(&o.connectOnly, "connect-only", false, "connect again and again, send nothing, and tell how long each connect took")
+	f.DurationVar(&o.every, "every", 100*time.Millisecond, "with --connect-only: from one connect to the next, on time even while earlier ones hang")
+	f.DurationVar(&o.duration, "for", time.Minute, "with --connect-only: how long connects come due")
 	f.IntVar(&o.retries, "retries", 3, "`number` of times that an instance that failed is tried again within its round")
 	f.Float64Var(&o.rate, "rate", 5000, "`number` of connects per second within a round")
 	f.StringVar(&o.ports, "ports", "kernel", "`way` to get a local port: kernel, bind[:PORT], range[:LOW-HIGH]")

@@ -17,7 +17,7 @@ import (
 func newRun() *cobra.Command {
 	var opt scenarios.Options
 	var asJSON, quiet, verbose bool
-	var save, timelines, captures string
+	var save, timelines, captures, counters string
 	cmd := &cobra.Command{
 		Use:   "run INCIDENT",
 		Short: "Reproduce an incident, and judge predicted against measured",
@@ -31,14 +31,16 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
   sudo connlab run backlog --variant incident --set backlog=1024
   sudo connlab run backlog --server redis --json > redis.json
   sudo connlab run backlog --variant incident --set stall=0s    # the check can fail
-  sudo connlab run tuple-collision --variant forced-first --capture .`,
+  sudo connlab run tuple-collision --variant forced-first --capture .
+  sudo connlab run backlog --variant incident --counters . &&
+    connlab diagnose --before backlog-incident-server.before.txt backlog-incident-server.after.txt`,
 		Args: exactly(1, "an incident; see `connlab list`"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := scenarios.Find(args[0])
 			if err != nil {
 				return err
 			}
-			for _, given := range []struct{ flag, dir string }{{"save", save}, {"timeline", timelines}, {"capture", captures}} {
+			for _, given := range []struct{ flag, dir string }{{"save", save}, {"timeline", timelines}, {"capture", captures}, {"counters", counters}} {
 				if err := checkDirectory(given.flag, given.dir); err != nil {
 					return err
 				}
@@ -59,6 +61,12 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 				opt.Capture = func(variant string, file []byte) error {
 					captured = true
 					return os.WriteFile(filepath.Join(captures, s.Name+"-"+variant+".pcapng"), file, 0o644)
+				}
+			}
+			if counters != "" {
+				opt.Counters = func(variant, host string, before, after []byte) error {
+					path := filepath.Join(counters, s.Name+"-"+variant+"-"+host)
+					return errors.Join(os.WriteFile(path+".before.txt", before, 0o644), os.WriteFile(path+".after.txt", after, 0o644))
 				}
 			}
 			rec, err := scenarios.Run(cmd.Context(), s, opt)
@@ -98,6 +106,7 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 	f.StringVar(&save, "save", "", "also save the record in this `directory`")
 	f.StringVar(&timelines, "timeline", "", "also write each variant's timeline into this `directory`, as CSV: seconds, host, metric, value")
 	f.StringVar(&captures, "capture", "", "also write the packets that variants capture into this `directory`, as pcapng for Wireshark")
+	f.StringVar(&counters, "counters", "", "also save the counters of the hosts that one would look at, before and after each variant's load, into this `directory`, for connlab diagnose")
 	f.BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
 	f.BoolVarP(&verbose, "verbose", "v", false, "show the output of the programs under test")
 	return cmd

@@ -19,7 +19,7 @@ func TestRunIntoNoDirectory(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
-	for _, flag := range []string{"--save", "--timeline", "--capture"} {
+	for _, flag := range []string{"--save", "--timeline", "--capture", "--counters"} {
 		for _, tt := range []struct{ dir, want string }{
 			{filepath.Join(dir, "missing"), "no such file or directory"},
 			{file, "not a directory"},
