@@ -148,9 +148,10 @@ func (a *alerting) stop() error {
 }
 
 // ready returns when every job has scraped once: from then on the next scrape
-// gives rate() a value. It takes five seconds, after which Prometheus first hears
-// of its targets (discovery/manager.go, NewManager), and up to the longest
-// interval, over which it spreads the first scrapes.
+// gives rate() a value. It takes five seconds or ten, for two tickers of five
+// seconds stand before the targets (discovery/manager.go, sender, and
+// scrape/manager.go, reloader), and up to the longest interval, over which
+// Prometheus spreads the first scrapes.
 func (a *alerting) ready(ctx context.Context) error {
 	wait := slices.Max(a.intervals) + 30*time.Second
 	return a.await(ctx, wait, func() error {

@@ -41,6 +41,7 @@ var killables = []struct {
 	{&TupleCollision, Options{Variants: []string{"forced-last", "haproxy"}, Set: []string{"vips=60", "proxies=6", "rounds=4"}}},
 	{&MixedPool, Options{Variants: []string{"nginx"}, Set: []string{"for=1s"}}},
 	{&TimeWaitBuckets, Options{Variants: []string{"compressed"}, Set: []string{"rate=1500"}}},
+	{&AcceptQueue, Options{Variants: []string{"jitter"}, Set: []string{"connections=600", "jitter=1500ms", "for=3s"}}},
 }
 
 func runKillable(which, dir string) int {

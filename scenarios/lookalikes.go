@@ -24,8 +24,8 @@ var Lookalikes = Scenario{
 			Summary: "the hypothesis that was rejected: eight hosts behind one address, clocks a day apart, a server with tcp_tw_recycle=1"},
 		{Name: "longer-queue", Role: results.FalseLead, Light: true, Set: []string{"backlog=60000", "somaxconn=60000"},
 			Summary: "a longer accept queue: it was never full"},
-		{Name: "modern-clients", Role: results.Incident, Light: true, Set: []string{"timestamps=1", "hosts=16", "apart=0s"},
-			Summary: "the same with clocks at random, as Linux has them since 4.10: who gets in and who hangs is chance"},
+		{Name: "modern-clients", Role: results.Incident, Light: true, Set: []string{"timestamps=1", "addresses=40", "apart=0s", "timeout=700ms"},
+			Summary: "the same with clocks at random, as Linux has them since 4.10: half of all SYNs are behind whatever came before"},
 		{Name: "recycle-off", Role: results.Fix, Light: true, Set: []string{"recycle=false"},
 			Summary: "tcp_tw_recycle=0, as it is since 4.12: nobody is refused"},
 		{Name: "no-timestamps", Role: results.Fix, Light: true, Set: []string{"timestamps=0"},
@@ -49,6 +49,7 @@ var Lookalikes = Scenario{
 // not 0, a flood of SYNs beside the clients.
 type lookalikes struct {
 	Hosts      int
+	Addresses  int
 	Rate       float64
 	For        time.Duration
 	Timeout    time.Duration
@@ -68,7 +69,7 @@ type lookalikes struct {
 
 func newLookalikes() *lookalikes {
 	return &lookalikes{
-		Hosts: 8, Rate: 40, For: 8 * time.Second, Timeout: 2500 * time.Millisecond, Apart: 24 * time.Hour, Timestamps: 2, Recycle: true,
+		Hosts: 8, Addresses: 1, Rate: 40, For: 8 * time.Second, Timeout: 2500 * time.Millisecond, Apart: 24 * time.Hour, Timestamps: 2, Recycle: true,
 		Backlog: 16384, Somaxconn: 16384, MaxSYNBacklog: 16384, FloodRate: 1000, Cookies: 1,
 	}
 }
@@ -76,6 +77,7 @@ func newLookalikes() *lookalikes {
 // Flags implements [Experiment].
 func (l *lookalikes) Flags(fs *flag.FlagSet) {
 	fs.IntVar(&l.Hosts, "hosts", l.Hosts, "client `hosts` (2 to 20)")
+	fs.IntVar(&l.Addresses, "addresses", l.Addresses, "addresses of each host that its connections take in turn (1 to 200)")
 	fs.Float64Var(&l.Rate, "rate", l.Rate, "λ: new connections per second, for one PING each (1 to 1000)")
 	fs.DurationVar(&l.For, "for", l.For, "how long they come (2s to 50s)")
 	fs.DurationVar(&l.Timeout, "timeout", l.Timeout, "how long a client waits for the connection, and again for the reply (200ms to 60s)")
@@ -97,6 +99,7 @@ const longestApart = 1<<31*time.Millisecond - time.Hour
 func (l *lookalikes) Check() error {
 	var found checks
 	found.within("hosts", float64(l.Hosts), 2, 20)
+	found.within("addresses", float64(l.Addresses), 1, 200)
 	found.within("rate", l.Rate, 1, 1000)
 	found.lasting("for", l.For, 2*time.Second, 50*time.Second)
 	found.lasting("timeout", l.Timeout, 200*time.Millisecond, time.Minute)
@@ -117,6 +120,12 @@ func (l *lookalikes) Check() error {
 	if l.Apart*time.Duration(l.Hosts-1) > longestApart {
 		found.bad("apart=%v times hosts=%d is more than half of the circle of 32-bit milliseconds", l.Apart, l.Hosts)
 	}
+	if n := l.load().Count(); l.randomClocks() && l.Hosts*l.Addresses < n {
+		found.bad("hosts=%d of addresses=%d: want a new address for each of %d connections, or their clocks are the same again", l.Hosts, l.Addresses, n)
+	}
+	if l.randomClocks() && l.Timeout > 900*time.Millisecond {
+		found.bad("timeout=%v: want less than the first SYN retry, at 1s, which would have another chance", l.Timeout)
+	}
 	if room := float64(l.queue().places()); l.Flood > 0 && float64(l.Flood) < 1.2*room {
 		found.bad("flood=%d does not fill the SYN queue of %.0f places", l.Flood, room)
 	}
@@ -134,6 +143,9 @@ func (l *lookalikes) Check() error {
 	}
 	return found.err()
 }
+
+// randomClocks reports whether the rule meets clocks at random.
+func (l *lookalikes) randomClocks() bool { return l.Recycle && l.Flood == 0 && l.Timestamps == 1 }
 
 func (l *lookalikes) queue() acceptQueue {
 	return acceptQueue{Backlog: l.Backlog, Somaxconn: l.Somaxconn}
@@ -200,6 +212,7 @@ func (l *lookalikes) Topology() netlab.Topology {
 	})
 	clients := netlab.Clients(l.Hosts, "client", "inside", map[string]string{"net.ipv4.tcp_timestamps": strconv.Itoa(l.Timestamps)})
 	for i := range clients {
+		clients[i].Links[0].Addrs = l.inside(i)
 		clients[i].Routes = []netlab.RouteSpec{{To: netip.MustParsePrefix("10.66.0.0/16"), Via: lookInside}}
 		if l.Apart > 0 && l.Timestamps == 2 {
 			// The first host has the latest clock.
@@ -210,6 +223,15 @@ func (l *lookalikes) Topology() netlab.Topology {
 	}
 	t.Hosts = append(t.Hosts, clients...)
 	return t
+}
+
+// inside is the addresses of a client host behind the router.
+func (l *lookalikes) inside(host int) []netip.Addr {
+	addrs := make([]netip.Addr, l.Addresses)
+	for i := range addrs {
+		addrs[i] = netip.AddrFrom4([4]byte{10, 77, byte(1 + host), byte(1 + i)})
+	}
+	return addrs
 }
 
 // floodSources are the addresses that SYNs of a flood come from.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"strconv"
 	"time"
 
 	"github.com/google/nftables"
@@ -21,15 +22,16 @@ import (
 
 // Metrics of the lookalikes, beside those of the backlog.
 const (
-	metricServed       = "clients/OK"
-	metricRejected     = "modelled/Linux3.10.PAWSPassive" // by the stage on the server's link, not by this kernel
-	metricListenDrops  = "server/TcpExt.ListenDrops"
-	metricReqQFull     = "server/TcpExt.TCPReqQFullDrop"
-	metricReqQCookies  = "server/TcpExt.TCPReqQFullDoCookies"
-	metricCookiesRecv  = "server/TcpExt.SyncookiesRecv"
-	metricHalfOpenPeak = "server/State.SYN_RECV.Peak"
-	metricFlooded      = "flood/SYNs"
-	metricOtherDrops   = "server/ListenDropsWithoutReqQFullDrop"
+	metricServed        = "clients/OK"
+	metricRejected      = "modelled/Linux3.10.PAWSPassive" // by the stage on the server's link, not by this kernel
+	metricFirstRejected = "modelled/PAWSPassiveWithoutSynRetrans"
+	metricListenDrops   = "server/TcpExt.ListenDrops"
+	metricFloodDrops    = "server/TCPReqQFullDropWithoutClients"
+	metricFloodCookies  = "server/TCPReqQFullDoCookiesWithoutClients"
+	metricCookiesRecv   = "server/TcpExt.SyncookiesRecv"
+	metricHalfOpenPeak  = "server/State.SYN_RECV.Peak"
+	metricFlooded       = "flood/SYNs"
+	metricOtherDrops    = "server/ListenDropsWithoutReqQFullDrop"
 )
 
 // lookFirst is the time between the first client and the others: by then the server remembers it.
@@ -87,11 +89,16 @@ func (l *lookalikes) predictClocks(in map[string]float64, rules KernelRules) []r
 	n := l.load().Count()
 	drops := claim(metricListenDrops, "SYNs", "0", nil, 0, results.Exactly(), "of this kernel, which does not see what the stage drops")
 	switch {
-	case l.Recycle && l.Timestamps == 1:
-		// A clock for each pair of addresses or for each connection, by kernel: see package twrecycle. With hosts that
-		// take turns all get in only if each clock is on the half of the circle that is ahead of the one before.
-		return []results.Prediction{drops, claim(metricServed, "connections", "n/2", in, float64(n)/2, results.PlusMinus(float64(n)/2-float64(n)/float64(l.Hosts)),
-			"clocks at random on a circle of 32 bits, half of which is behind: from one host in all to all but one, but for a chance of 2^−hosts")}
+	case l.randomClocks():
+		// A clock for each pair of addresses or for each connection, by kernel: see package twrecycle. No two
+		// connections here have one pair of addresses, so each clock is drawn anew, whatever is remembered.
+		trials := n - 1
+		half := float64(trials) / 2
+		return []results.Prediction{
+			drops,
+			claim(metricRejected, "SYNs", "(n − 1)/2", in, half, results.Binomial(trials, testLevel), "all but the first are behind with a chance of one half: clocks at random on a circle of 32 bits, half of which is behind any point"),
+			claim(metricTimeouts, "connections", "(n − 1)/2", in, half, results.Binomial(trials, testLevel), "those, within one SYN's patience"),
+		}
 	case l.Recycle && l.Timestamps == 2 && l.Apart > 0:
 		tries := 1
 		for _, at := range rules.SYNRetries(12) {
@@ -105,7 +112,8 @@ func (l *lookalikes) predictClocks(in map[string]float64, rules KernelRules) []r
 			drops,
 			claim(metricServed, "connections", "n/hosts", in, float64(ok), results.Exactly(), "rounded up: those of the host whose clock is ahead of all others"),
 			claim(metricTimeouts, "connections", "n − n/hosts", in, float64(n-ok), results.Exactly(), "all others, for a minute after each connection that the server closed first"),
-			claim(metricRejected, "SYNs", "k·(n − n/hosts)", in, float64(tries*(n-ok)), results.Exactly(), "each of their SYNs, k of them within their patience; of the stage, a kernel of that time would have counted them"),
+			claim(metricFirstRejected, "SYNs", "n − n/hosts", in, float64(n-ok), results.Exactly(), "PAWSPassive − TCPSynRetrans: their first SYN, and no retransmission gets in either"),
+			claim(metricRejected, "SYNs", "k·(n − n/hosts)", in, float64(tries*(n-ok)), results.Within(0.05), "k SYNs within their patience, one more where a client gives up late; of the stage, a kernel of that time would have counted them"),
 		}
 	}
 	return []results.Prediction{drops, claim(metricServed, "connections", "n", in, float64(n), results.Exactly(), "everybody")}
@@ -114,6 +122,7 @@ func (l *lookalikes) predictClocks(in map[string]float64, rules KernelRules) []r
 // predictFlood is for a flood of SYNs.
 func (l *lookalikes) predictFlood(in map[string]float64) []results.Prediction {
 	beyond := in["flood"] - (in["B"] + 1)
+	whileFull := l.Rate * (l.For - l.floodFull()).Seconds()
 	claims := []results.Prediction{
 		claim(metricFlooded, "SYNs", "flood", in, in["flood"], results.Exactly(), "sent"),
 		claim(metricHalfOpenPeak, "sockets", "B+1", in, in["B"]+1, results.PlusMinus(crowd), "requests in the SYN queue: its limit is the listener's too"),
@@ -121,14 +130,15 @@ func (l *lookalikes) predictFlood(in map[string]float64) []results.Prediction {
 	}
 	if l.Cookies == 1 {
 		return append(claims,
-			claim(metricReqQCookies, "SYNs", "flood − (B+1)", in, beyond, results.AtLeast(), "SYNs answered with a cookie because the SYN queue is full: the flood's, and those of clients"),
+			claim(metricFloodCookies, "SYNs", "flood − (B+1)", in, beyond, results.PlusMinus(crowd), "TCPReqQFullDoCookies − SyncookiesRecv: SYNs answered with a cookie because the SYN queue is full, and the cookie never came back"),
+			claim(metricCookiesRecv, "events", "λ·(for − a − (B+1)/f)", in, whileFull, results.Within(0.05), "cookies that came back: clients that come while the SYN queue is full"),
 			claim(metricListenDrops, "SYNs", "0", nil, 0, results.Exactly(), "none is dropped"),
 			claim(metricVictims, "connections", "0", nil, 0, results.Exactly(), "no client waits for a SYN retry"))
 	}
 	return append(claims,
-		claim(metricReqQFull, "SYNs", "flood − (B+1)", in, beyond, results.AtLeast(), "SYNs dropped because the SYN queue is full: the flood's, and those of clients"),
+		claim(metricFloodDrops, "SYNs", "flood − (B+1)", in, beyond, results.PlusMinus(crowd), "TCPReqQFullDrop − the clients' TCPSynRetrans: a client sends again each SYN that was dropped, the flood does not"),
 		claim(metricOtherDrops, "SYNs", "0", nil, 0, results.Exactly(), "ListenDrops − TCPReqQFullDrop: nothing is dropped for another reason, so ListenDrops > ListenOverflows"),
-		claim(metricVictims, "connections", "λ·(for − a − (B+1)/f)", in, l.Rate*(l.For-l.floodFull()).Seconds(), results.Within(0.05),
+		claim(metricVictims, "connections", "λ·(for − a − (B+1)/f)", in, whileFull, results.Within(0.05),
 			"clients that come while the SYN queue is full: a request lives for three SYN-ACK timeouts, 1 + 2 + 4 s, when there are many"))
 }
 
@@ -161,21 +171,19 @@ func masquerade(h *netlab.Host, address netip.Addr) error {
 
 // Measure implements [Experiment].
 func (l *lookalikes) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v *results.Variant) (err error) {
-	if opt.server.kind != ServerMini {
+	if l.Flood == 0 && opt.server.kind != ServerMini {
 		return &netlab.NeedError{Need: needMini, Err: errors.New("redis-server does not close first on request")}
 	}
 	server := lab.Host("server")
 	v.Link = server.LinkKind()
 	clients := lab.Hosts()[1:]
-	args := []string{"--backlog", fmt.Sprint(l.Backlog)}
 	if l.Flood == 0 {
-		args = append(args, "--close-after", "1") // who closes first has the TIME_WAIT, which is what is remembered
 		if err := masquerade(lab.Host("router"), lookRouter); err != nil {
 			return err
 		}
 		clients = clients[1:]
 	}
-	t, err := opt.server.startControlled(ctx, server, opt.Log, args...)
+	t, err := l.start(ctx, opt, server)
 	if err != nil {
 		return err
 	}
@@ -188,6 +196,7 @@ func (l *lookalikes) Measure(ctx context.Context, lab *netlab.Lab, opt Options, 
 		return err
 	}
 	defer closeUnused()
+	from = l.inTurn(from)
 	if err := opt.others.await(ctx); err != nil {
 		return err
 	}
@@ -223,6 +232,28 @@ func (l *lookalikes) Measure(ctx context.Context, lab *netlab.Lab, opt Options, 
 		return err
 	}
 	return r.account(timeline, after.Sub(before))
+}
+
+// start starts the server. Who closes first has the TIME_WAIT, which is what is remembered.
+func (l *lookalikes) start(ctx context.Context, opt Options, server *netlab.Host) (*target, error) {
+	if l.Flood > 0 {
+		return opt.server.start(ctx, server, serverConfig{backlog: l.Backlog}, opt.Log)
+	}
+	return opt.server.startControlled(ctx, server, opt.Log, "--backlog", strconv.Itoa(l.Backlog), "--close-after", "1")
+}
+
+// inTurn is all addresses of all hosts, host by host and then the next address of each.
+func (l *lookalikes) inTurn(hosts []loadgen.Source) []loadgen.Source {
+	if l.Flood > 0 {
+		return hosts
+	}
+	var list []loadgen.Source
+	for i := range l.Addresses {
+		for host, s := range hosts {
+			list = append(list, s.Bound(netip.AddrPortFrom(l.inside(host)[i], 0)))
+		}
+	}
+	return list
 }
 
 // lookRun is one run, and what it showed.
@@ -337,8 +368,14 @@ func (r *lookRun) account(timeline *observe.Timeline, clients observe.Counters) 
 		}
 	}
 	r.metric(metricOtherDrops, float64(server["TcpExt.ListenDrops"]-server["TcpExt.TCPReqQFullDrop"]), "SYNs")
+	if r.l.Flood > 0 {
+		r.metric(metricFloodDrops, float64(server["TcpExt.TCPReqQFullDrop"]-clients["TcpExt.TCPSynRetrans"]), "SYNs")
+		r.metric(metricFloodCookies, float64(server["TcpExt.TCPReqQFullDoCookies"]-server["TcpExt.SyncookiesRecv"]), "SYNs")
+	}
 	if w := r.l.wires.recycle; w != nil {
-		r.metric(metricRejected, float64(w.Stats().Rejected), "SYNs")
+		rejected := float64(w.Stats().Rejected)
+		r.metric(metricRejected, rejected, "SYNs")
+		r.metric(metricFirstRejected, rejected-float64(clients["TcpExt.TCPSynRetrans"]), "SYNs")
 	}
 	if w := r.l.wires.flood; w != nil {
 		r.metric(metricFlooded, float64(w.sent.Load()), "SYNs")

@@ -34,6 +34,8 @@ func TestLookalikesPredictions(t *testing.T) { comparePredictions(t, &Lookalikes
 func TestLookalikesCheck(t *testing.T) {
 	for _, tt := range []struct{ why, set, want string }{
 		{"one host", "hosts=1", "hosts=1 is out of range"},
+		{"a clock twice", "timestamps=1 timeout=700ms addresses=20", "want a new address for each of 301 connections"},
+		{"two chances", "timestamps=1 addresses=40", "less than the first SYN retry"},
 		{"not a number", "rate=NaN", "rate=NaN is out of range"},
 		{"around the circle", "apart=48h hosts=20", "more than half of the circle"},
 		{"too few for the queue", "flood=500 backlog=511 timeout=12s", "does not fill the SYN queue"},

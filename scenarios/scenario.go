@@ -131,6 +131,10 @@ type Options struct {
 	// would look at, before and after each arm's load, in the form that package diagnose
 	// reads. An arm without such a host, or without a load, has none to give.
 	Counters func(variant, host string, before, after []byte) error
+	// Standing, if set, is given the lab of each arm when it stands; what it returns is
+	// called before that lab goes down. Arms that run side by side call it at the same
+	// time, and one that is tried again calls it again.
+	Standing func(variant string, lab *netlab.Lab) (down func())
 
 	server program // found once, before anything is started
 	shared bool    // other variants are run beside this one, in this process
@@ -459,7 +463,12 @@ func (a arm) run(ctx context.Context, rules KernelRules, opt Options) (results.V
 	opt.progress("starting %d hosts", len(topology.Hosts))
 	lab, err := netlab.Up(ctx, topology)
 	if err == nil {
+		down := func() {}
+		if opt.Standing != nil {
+			down = opt.Standing(a.variant.Name, lab)
+		}
 		err = a.experiment.Measure(ctx, lab, opt, &v)
+		down()
 		err = errors.Join(err, lab.Down())
 	}
 	var need *netlab.NeedError

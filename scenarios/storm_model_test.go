@@ -36,7 +36,7 @@ func TestStormModel(t *testing.T) {
 	assert.InEpsilon(t, 15, quantile(out.recovered, 1).Seconds(), 0.06, "cut/μ")
 	assert.Greater(t, float64(out.victims), 3000*(1-200.0/600)-656, "retries take places from first SYNs")
 	assert.Zero(t, out.corpses)
-	assert.Equal(t, out.attempts, 3000)
+	assert.Equal(t, 3000, out.attempts)
 
 	// If nobody is accepted but one, with the token that is there, all are dropped but the first B+2.
 	stopped := stormLike(func(m *stormModel) {

@@ -244,7 +244,6 @@ type stormRun struct {
 	pong           *loadgen.FleetReport
 	probes         []loadgen.Op
 	probed         *loadgen.Report
-	connected      int64 // clients that the server has in the end
 }
 
 // fill opens all connections.
@@ -693,13 +692,19 @@ func (r *stormRun) checkAccepts(timeline *observe.Timeline) error {
 	return nil
 }
 
-// stormBehind is by how much one attempt in a hundred may be late.
-const stormBehind = 50 * time.Millisecond
+// behind is by how much one attempt in a hundred may be late. At full size the kernel's work for 15,000 connects a second
+// takes both of two cores.
+func (s *storm) behind() time.Duration {
+	if s.Connections >= stormFullSize {
+		return 150 * time.Millisecond
+	}
+	return 50 * time.Millisecond
+}
 
 // checkConditions voids a run that was not the experiment that was asked for.
 func (r *stormRun) checkConditions() {
-	if late := r.back.Lateness.Quantile(0.99); late > stormBehind {
-		r.v.Void(fmt.Sprintf("the clients fell behind: 1 %% of their connects began more than %v late, the limit is %v", late, stormBehind))
+	if late := r.back.Lateness.Quantile(0.99); late > r.s.behind() {
+		r.v.Void(fmt.Sprintf("the clients fell behind: 1 %% of their connects began more than %v late, the limit is %v", late, r.s.behind()))
 	}
 	if n := r.back.Cut.Sum(); n != r.cut {
 		r.v.Void(fmt.Sprintf("the server cut %d connections, and %d clients know of it", r.cut, n))

@@ -130,8 +130,12 @@ func (p program) start(ctx context.Context, host *netlab.Host, cfg serverConfig,
 	return t, nil
 }
 
+// stopWithin is how long a server may take to end. With the race detector each of its processes ends a second late
+// (atexit_sleep_ms), and workers end before the one that started them.
+const stopWithin = 5 * time.Second
+
 func (t *target) stop() error {
-	return errors.Join(t.control.Close(), t.proc.Stop(2*time.Second))
+	return errors.Join(t.control.Close(), t.proc.Stop(stopWithin))
 }
 
 // stall is when the server's event loop stood still.

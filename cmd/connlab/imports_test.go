@@ -20,21 +20,22 @@ import (
 // that is not listed may import nothing of ours and must be added here first:
 // the rules are the architecture (docs/architecture.md).
 var mayImport = map[string][]string{
-	"results":            nil,
-	"netlab":             nil,
-	"loadgen":            nil,
-	"server/resp":        nil,
-	"docs/monitoring":    nil,
-	"netlab/wire":        {"netlab"},
-	"netlab/observe":     {"netlab"},
-	"netlab/l4lb":        {"netlab/wire"},
-	"netlab/twrecycle":   {"netlab", "netlab/wire"},
-	"loadgen/pool":       {"loadgen"},
-	"server":             {"server/resp"},
-	"server/proxy":       {"server/resp"},
-	"scenarios":          {"scenarios/diagnose", "docs/monitoring", "results", "netlab", "netlab/wire", "netlab/observe", "netlab/l4lb", "netlab/twrecycle", "loadgen", "loadgen/pool", "server", "server/proxy", "server/resp"},
-	"scenarios/diagnose": {"netlab/observe"},
-	"cmd/connlab":        {"results", "netlab", "netlab/wire", "netlab/observe", "netlab/l4lb", "netlab/twrecycle", "loadgen", "loadgen/pool", "server", "server/proxy", "server/resp", "scenarios", "scenarios/diagnose"},
+	"results":                 nil,
+	"netlab":                  nil,
+	"loadgen":                 nil,
+	"server/resp":             nil,
+	"docs/monitoring":         nil,
+	"netlab/wire":             {"netlab"},
+	"netlab/observe":          {"netlab"},
+	"netlab/observe/exporter": {"netlab", "netlab/observe"},
+	"netlab/l4lb":             {"netlab/wire"},
+	"netlab/twrecycle":        {"netlab", "netlab/wire"},
+	"loadgen/pool":            {"loadgen"},
+	"server":                  {"server/resp"},
+	"server/proxy":            {"server/resp"},
+	"scenarios":               {"scenarios/diagnose", "docs/monitoring", "results", "netlab", "netlab/wire", "netlab/observe", "netlab/observe/exporter", "netlab/l4lb", "netlab/twrecycle", "loadgen", "loadgen/pool", "server", "server/proxy", "server/resp"},
+	"scenarios/diagnose":      {"netlab/observe"},
+	"cmd/connlab":             {"results", "netlab", "netlab/wire", "netlab/observe", "netlab/observe/exporter", "netlab/l4lb", "netlab/twrecycle", "loadgen", "loadgen/pool", "server", "server/proxy", "server/resp", "scenarios", "scenarios/diagnose"},
 }
 
 // setnsCallers are the only packages that may enter a namespace.

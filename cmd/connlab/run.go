@@ -4,12 +4,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"connlab/netlab"
+	"connlab/netlab/observe/exporter"
 	"connlab/results"
 	"connlab/scenarios"
 )
@@ -17,7 +20,7 @@ import (
 func newRun() *cobra.Command {
 	var opt scenarios.Options
 	var asJSON, quiet, verbose bool
-	var save, timelines, captures, counters string
+	var save, timelines, captures, counters, metrics string
 	cmd := &cobra.Command{
 		Use:   "run INCIDENT",
 		Short: "Reproduce an incident, and judge predicted against measured",
@@ -33,9 +36,11 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
   sudo connlab run backlog --variant incident --set stall=0s    # the check can fail
   sudo connlab run tuple-collision --variant forced-first --capture .
   sudo connlab run backlog --variant incident --counters . &&
-    connlab diagnose --before backlog-incident-server.before.txt backlog-incident-server.after.txt`,
+    connlab diagnose --before backlog-incident-server.before.txt backlog-incident-server.after.txt
+  sudo connlab run backlog --variant incident --metrics :9464 &
+    sleep 5; curl -s http://127.0.0.1:9464/metrics | grep ListenOverflows`,
 		Args: exactly(1, "an incident; see `connlab list`"),
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) (runErr error) {
 			s, err := scenarios.Find(args[0])
 			if err != nil {
 				return err
@@ -68,6 +73,13 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 					path := filepath.Join(counters, s.Name+"-"+variant+"-"+host)
 					return errors.Join(os.WriteFile(path+".before.txt", before, 0o644), os.WriteFile(path+".after.txt", after, 0o644))
 				}
+			}
+			if metrics != "" {
+				stop, err := serveMetrics(metrics, &opt, cmd.ErrOrStderr())
+				if err != nil {
+					return err
+				}
+				defer func() { runErr = errors.Join(runErr, stop()) }()
 			}
 			rec, err := scenarios.Run(cmd.Context(), s, opt)
 			line.clear()
@@ -107,6 +119,7 @@ its own namespaces; Ctrl-C, or even kill -9, leaves nothing behind.
 	f.StringVar(&timelines, "timeline", "", "also write each variant's timeline into this `directory`, as CSV: seconds, host, metric, value")
 	f.StringVar(&captures, "capture", "", "also write the packets that variants capture into this `directory`, as pcapng for Wireshark")
 	f.StringVar(&counters, "counters", "", "also save the counters of the hosts that one would look at, before and after each variant's load, into this `directory`, for connlab diagnose")
+	f.StringVar(&metrics, "metrics", "", "serve the counters of the hosts to Prometheus at this `address` while the run goes on, with the names that node_exporter has; 127.0.0.1 if it is only :PORT, and port 0 is any that is free")
 	f.BoolVarP(&quiet, "quiet", "q", false, "no progress on standard error")
 	f.BoolVarP(&verbose, "verbose", "v", false, "show the output of the programs under test")
 	return cmd
@@ -129,6 +142,26 @@ func checkDirectory(flag, dir string) error {
 		return usageErrorf("--%s %s: want a directory to write into: %w", flag, dir, err)
 	}
 	return nil
+}
+
+// serveMetrics serves the counters of every lab that a run has, until stop is called, and
+// says where.
+func serveMetrics(address string, opt *scenarios.Options, w io.Writer) (stop func() error, err error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, usageErrorf("--metrics %s: want HOST:PORT or :PORT: %w", address, err)
+	}
+	if host == "" {
+		host = "127.0.0.1" // counters are nobody else's business unless one says so
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+	if err != nil {
+		return nil, usageErrorf("--metrics %s: %w", address, err)
+	}
+	e := exporter.New(nil)
+	opt.Standing = func(variant string, lab *netlab.Lab) (down func()) { return e.Add(variant, lab.Hosts()) }
+	fmt.Fprintf(w, "metrics: http://%s/metrics\n", l.Addr())
+	return e.Serve(l), nil
 }
 
 func writeFile(path string, write func(io.Writer) error) error {
