@@ -51,9 +51,10 @@ var AcceptQueue = Scenario{
 		{Name: "corpses", Role: results.FalseLead, Light: true, Set: []string{"timeout=2s", "for=12s", "backlog=2400", "somaxconn=2400"},
 			Summary: "the long queue that helped patient clients: each has given up before it is accepted"},
 		{Name: "short-queue", Role: results.Fix, Light: true, Set: []string{"timeout=2s", "backlog=300", "for=25s"},
-			Summary: "a queue shorter than μ times their patience: SYNs are dropped, and all that is accepted is alive"},
+			Summary: "a queue shorter than μ times their patience: SYNs are dropped, and everybody gets through"},
 		{Name: "impatient-jitter", Role: results.Fix, Light: true, Set: []string{"timeout=2s", "backlog=2400", "somaxconn=2400", "jitter=17s", "base=500ms", "most=8s"},
 			Summary: "the long queue with jittered back-off: no queue, no corpses"},
+		// Beside all others: it waits for scrapes for half a minute before its storm, and takes next to no time of the CPU until then.
 		{Name: "alert", Role: results.Incident, Light: true, Long: true, Set: []string{"alert=true"},
 			Summary: "the incident beside a real Prometheus and a real node_exporter: which rule fires, and when"},
 

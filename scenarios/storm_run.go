@@ -194,6 +194,13 @@ func (s *storm) startFleet(ctx context.Context, host *netlab.Host, i int, t *tar
 	if err != nil {
 		return nil, errors.Join(err, in.Close(), out.Close())
 	}
+	// Who waits for its answer must not wait for ever.
+	go func() {
+		<-f.proc.Done()
+		said := strings.TrimSpace(f.proc.Output())
+		ended := fmt.Errorf("it has ended; the last it said: %s", said[max(0, len(said)-300):])
+		_, _ = stdout.CloseWithError(ended), stdin.CloseWithError(ended)
+	}()
 	return f, nil
 }
 

@@ -225,7 +225,7 @@ WHY
   Clients come at λ a second and are accepted at μ. After a network fault, a restart or a
   failover all who were cut come back at once, and λ is above μ. When the queue is full the
   kernel drops every further SYN without a word; the client sends it again after 1, 2, 3, 4, 5,
-  7, 11 s. Whoever gets through in between is luck: a place becomes free μ times a second, and
+  7, 11 s (1, 3, 7, 15 s before Linux 6.5). Whoever gets through in between is luck: a place becomes free μ times a second, and
   the next SYN that happens to come has it.
 
 THE FORMULAS
@@ -251,8 +251,8 @@ WHAT DOES NOT HELP
 WHAT HELPS
   Backlog and somaxconn within the window, and a restart. A server that accepts faster. Clients
   that come back at random over a while: nobody is dropped, and it takes no longer. Where
-  clients are impatient, a shorter queue: SYNs are dropped, which costs nothing, and all that is
-  accepted is alive.
+  clients are impatient, a shorter queue: SYNs are dropped, which costs nothing, and
+  who waits in the queue is served in time.
 
 SIZES
   The variants have 6,000 connections, 3,000 of them cut, 655 places: one in twenty-five of the
@@ -274,8 +274,8 @@ TCP_TW_RECYCLE
   had closed first went to TIME_WAIT, and for a minute dropped each SYN from that address whose
   timestamp was older (tcp_v4_conn_request, tcp_peer_is_proven). One address is one clock, says
   the rule. Behind NAT it is many: whose clock is ahead gets in, all others hang. Since 4.10
-  each connection has a clock of its own, so that half of all SYNs are behind, NAT or not;
-  two releases later the sysctl was removed. Here the rule is a stage on the server's link; what
+  clocks are random, for each connection or each pair of addresses, so that behind NAT half of
+  all SYNs are behind; two releases later the sysctl was removed. Here the rule is a stage on the server's link; what
   it would have counted is called modelled.
 
 A SYN FLOOD
