@@ -464,33 +464,14 @@ func (r *backlogRun) peakDuringStall(timeline *observe.Timeline, metric, host st
 	return peak, nil
 }
 
-// alwaysShown are counters that are recorded even where they did not move.
-var alwaysShown = []string{
-	"TcpExt.ListenOverflows", "TcpExt.ListenDrops", "TcpExt.TCPReqQFullDrop", "TcpExt.TCPReqQFullDoCookies",
-	"TcpExt.SyncookiesSent", "TcpExt.EmbryonicRsts", "TcpExt.TCPSynRetrans", "Tcp.OutRsts", "Tcp.RetransSegs",
-}
-
 // fillCounters records the growth of every kernel counter that moved.
 func (r *backlogRun) fillCounters(timeline *observe.Timeline, clients observe.Counters) error {
 	server, err := timeline.Deltas(r.target.host.Name())
 	if err != nil {
 		return err
 	}
-	for _, side := range []struct {
-		name   string
-		deltas observe.Counters
-	}{{"server", server}, {"clients", clients}} {
-		for counter, n := range side.deltas {
-			if n != 0 && isCounter(counter) {
-				r.metric(side.name+"/"+counter, float64(n), unitOf(counter))
-			}
-		}
-		for _, counter := range alwaysShown {
-			if n, printed := side.deltas[counter]; printed {
-				r.metric(side.name+"/"+counter, float64(n), unitOf(counter))
-			}
-		}
-	}
+	recordGrowth(r.v, "server", server)
+	recordGrowth(r.v, "clients", clients)
 	for _, counter := range []string{"TcpExt.ListenOverflows", "TcpExt.ListenDrops", "Tcp.RetransSegs"} {
 		if _, printed := server[counter]; !printed {
 			return fmt.Errorf("this kernel does not print %s", counter)

@@ -1,6 +1,12 @@
 package scenarios
 
-import "strings"
+import (
+	"slices"
+	"strings"
+
+	"connlab/netlab/observe"
+	"connlab/results"
+)
 
 // isCounter tells the kernel's counters from its gauges and from those that
 // sampling adds.
@@ -26,4 +32,25 @@ func unitOf(name string) string {
 		return "B"
 	}
 	return "events"
+}
+
+// alwaysShown are counters that are recorded even where they did not move.
+var alwaysShown = []string{
+	"TcpExt.ListenOverflows", "TcpExt.ListenDrops", "TcpExt.TCPReqQFullDrop", "TcpExt.TCPReqQFullDoCookies",
+	"TcpExt.SyncookiesSent", "TcpExt.EmbryonicRsts", "TcpExt.TCPSynRetrans", "Tcp.OutRsts", "Tcp.RetransSegs",
+}
+
+// recordGrowth records the growth of every counter of one side that moved, and of some that did not
+// but could have: those always shown, and more.
+func recordGrowth(v *results.Variant, side string, deltas observe.Counters, more ...string) {
+	for counter, n := range deltas {
+		if n != 0 && isCounter(counter) {
+			v.Metrics[side+"/"+counter] = results.Metric{Value: float64(n), Unit: unitOf(counter)}
+		}
+	}
+	for _, counter := range slices.Concat(alwaysShown, more) {
+		if n, printed := deltas[counter]; printed {
+			v.Metrics[side+"/"+counter] = results.Metric{Value: float64(n), Unit: unitOf(counter)}
+		}
+	}
 }

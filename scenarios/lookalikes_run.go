@@ -347,21 +347,8 @@ func (r *lookRun) account(timeline *observe.Timeline, clients observe.Counters) 
 	if err != nil {
 		return err
 	}
-	for _, side := range []struct {
-		name   string
-		deltas observe.Counters
-	}{{"server", server}, {"clients", clients}} {
-		for counter, n := range side.deltas {
-			if n != 0 && isCounter(counter) {
-				r.metric(side.name+"/"+counter, float64(n), unitOf(counter))
-			}
-		}
-		for _, counter := range append(alwaysShown, "TcpExt.SyncookiesRecv", "TcpExt.SyncookiesFailed") {
-			if n, printed := side.deltas[counter]; printed {
-				r.metric(side.name+"/"+counter, float64(n), unitOf(counter))
-			}
-		}
-	}
+	recordGrowth(r.v, "server", server, "TcpExt.SyncookiesRecv", "TcpExt.SyncookiesFailed")
+	recordGrowth(r.v, "clients", clients, "TcpExt.SyncookiesRecv", "TcpExt.SyncookiesFailed")
 	for _, counter := range []string{"TcpExt.ListenOverflows", "TcpExt.ListenDrops", "TcpExt.TCPReqQFullDrop", "TcpExt.TCPReqQFullDoCookies"} {
 		if _, printed := server[counter]; !printed {
 			return fmt.Errorf("this kernel does not print %s", counter)

@@ -605,21 +605,8 @@ func (r *stormRun) accountServer(timeline *observe.Timeline) error {
 		r.metric(metricQueueFull, full.Seconds(), "s")
 	}
 	r.v.Series = append(r.v.Series, results.NewSeries("accept queue", "connections", points))
-	for _, side := range []struct {
-		name   string
-		deltas observe.Counters
-	}{{"server", deltas}, {"clients", r.counters}} {
-		for counter, n := range side.deltas {
-			if n != 0 && isCounter(counter) {
-				r.metric(side.name+"/"+counter, float64(n), unitOf(counter))
-			}
-		}
-		for _, counter := range alwaysShown {
-			if n, printed := side.deltas[counter]; printed {
-				r.metric(side.name+"/"+counter, float64(n), unitOf(counter))
-			}
-		}
-	}
+	recordGrowth(r.v, "server", deltas)
+	recordGrowth(r.v, "clients", r.counters)
 	for _, counter := range []string{"TcpExt.ListenOverflows", "TcpExt.ListenDrops", "Tcp.PassiveOpens"} {
 		if _, printed := deltas[counter]; !printed {
 			return fmt.Errorf("this kernel does not print %s", counter)
