@@ -16,7 +16,7 @@ import (
 var goldenRules = KernelRules{
 	Tick:              4 * time.Millisecond,
 	LinearSYNTimeouts: 4, TimerRounding: 32 * time.Millisecond, TimeWaitRounding: 2048 * time.Millisecond,
-	DelayedACK: 40 * time.Millisecond, ResetReasons: true, ConnectPortStep: 2, RangePortStep: 1,
+	DelayedACK: 40 * time.Millisecond, ResetReasons: true, ConnectPortStep: 2, RangePortStep: 1, CPUs: 2,
 }
 
 // TestBacklog reproduces incident 1: every variant against the mini server, and

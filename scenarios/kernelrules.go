@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -42,7 +43,13 @@ type KernelRules struct {
 	// RangePortStep is the same for a socket with IP_LOCAL_PORT_RANGE: 1 since
 	// Linux 6.8, 2 before, 0 where there is no such option, before 6.3.
 	RangePortStep int
+	// CPUs is how many may meet at the same queue.
+	CPUs int
 }
+
+// overfill is by how much a queue may be longer than its limit: the kernel looks and counts in two steps,
+// and CPUs that meet may all take the last place.
+func (r KernelRules) overfill() float64 { return float64(max(2, r.CPUs)) }
 
 // ReadKernelRules reads them. A new network namespace starts with the kernel's
 // own defaults, not with the host's settings, so the default is what counts.
@@ -54,6 +61,7 @@ func ReadKernelRules() KernelRules {
 		DelayedACK:       40 * time.Millisecond, // HZ/25 jiffies, whatever HZ is
 		ResetReasons:     releaseAtLeast(netlab.Kernel(), 6, 10),
 		ConnectPortStep:  1,
+		CPUs:             runtime.NumCPU(),
 	}
 	if releaseAtLeast(netlab.Kernel(), 4, 2) {
 		r.ConnectPortStep = 2

@@ -67,7 +67,7 @@ func (l *lookalikes) Predict(role results.Role, rules KernelRules) []results.Pre
 		claim(metricOverflows, "SYNs", "0", nil, 0, results.Exactly(), "the accept queue never overflows, whatever clients see"),
 	}
 	if l.Flood > 0 {
-		claims = append(claims, l.predictFlood(in)...)
+		claims = append(claims, l.predictFlood(in, rules)...)
 	} else {
 		claims = append(claims, l.predictClocks(in, rules)...)
 	}
@@ -120,23 +120,23 @@ func (l *lookalikes) predictClocks(in map[string]float64, rules KernelRules) []r
 }
 
 // predictFlood is for a flood of SYNs.
-func (l *lookalikes) predictFlood(in map[string]float64) []results.Prediction {
+func (l *lookalikes) predictFlood(in map[string]float64, rules KernelRules) []results.Prediction {
 	beyond := in["flood"] - (in["B"] + 1)
 	whileFull := l.Rate * (l.For - l.floodFull()).Seconds()
 	claims := []results.Prediction{
 		claim(metricFlooded, "SYNs", "flood", in, in["flood"], results.Exactly(), "sent"),
-		claim(metricHalfOpenPeak, "sockets", "B+1", in, in["B"]+1, results.PlusMinus(crowd), "requests in the SYN queue: its limit is the listener's too"),
+		claim(metricHalfOpenPeak, "sockets", "B+1", in, in["B"]+1, results.PlusMinus(rules.overfill()), "requests in the SYN queue: its limit is the listener's too; B before Linux 6.14 (commit 3479c7549fb1, which stable kernels have as well)"),
 		claim(metricFailed, "connections", "0", nil, 0, results.Exactly(), "clients that are patient connect in the end"),
 	}
 	if l.Cookies == 1 {
 		return append(claims,
-			claim(metricFloodCookies, "SYNs", "flood − (B+1)", in, beyond, results.PlusMinus(crowd), "TCPReqQFullDoCookies − SyncookiesRecv: SYNs answered with a cookie because the SYN queue is full, and the cookie never came back"),
+			claim(metricFloodCookies, "SYNs", "flood − (B+1)", in, beyond, results.PlusMinus(rules.overfill()), "TCPReqQFullDoCookies − SyncookiesRecv: SYNs answered with a cookie because the SYN queue is full, and the cookie never came back"),
 			claim(metricCookiesRecv, "events", "λ·(for − a − (B+1)/f)", in, whileFull, results.Within(0.05), "cookies that came back: clients that come while the SYN queue is full"),
 			claim(metricListenDrops, "SYNs", "0", nil, 0, results.Exactly(), "none is dropped"),
 			claim(metricVictims, "connections", "0", nil, 0, results.Exactly(), "no client waits for a SYN retry"))
 	}
 	return append(claims,
-		claim(metricFloodDrops, "SYNs", "flood − (B+1)", in, beyond, results.PlusMinus(crowd), "TCPReqQFullDrop − the clients' TCPSynRetrans: a client sends again each SYN that was dropped, the flood does not"),
+		claim(metricFloodDrops, "SYNs", "flood − (B+1)", in, beyond, results.PlusMinus(rules.overfill()), "TCPReqQFullDrop − the clients' TCPSynRetrans: a client sends again each SYN that was dropped, the flood does not"),
 		claim(metricOtherDrops, "SYNs", "0", nil, 0, results.Exactly(), "ListenDrops − TCPReqQFullDrop: nothing is dropped for another reason, so ListenDrops > ListenOverflows"),
 		claim(metricVictims, "connections", "λ·(for − a − (B+1)/f)", in, whileFull, results.Within(0.05),
 			"clients that come while the SYN queue is full: a request lives for three SYN-ACK timeouts, 1 + 2 + 4 s, when there are many"))
@@ -310,11 +310,18 @@ func (r *lookRun) account(timeline *observe.Timeline, clients observe.Counters) 
 	lateness := loadgen.NewHistogram()
 	half := ReadKernelRules().SYNRetries(1)[0] / 2
 	var victims float64
+	var first time.Duration
 	for _, op := range r.ops {
+		if op.Due == 0 {
+			first = op.Done
+		}
 		lateness.Record(op.Started - op.Due)
 		if waited := connectTime(op); waited >= half {
 			victims++
 		}
+	}
+	if first > lookFirst/2 {
+		r.v.Void(fmt.Sprintf("the first client was served only after %v: the server may not have remembered it when the others came, after %v", first, lookFirst))
 	}
 	if n := r.report.NotStarted; n > 0 {
 		r.v.Void(fmt.Sprintf("the generator left out %d of %d clients", n, r.report.Due))

@@ -3,6 +3,7 @@ package scenarios
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -20,7 +21,9 @@ import (
 func run(t *testing.T, s *Scenario, opt Options) *results.Record {
 	t.Helper()
 	require.NoError(t, stamp())
-	opt.Progress = func(line string) { t.Log(line) }
+	if testing.Verbose() { // or it buries what failed
+		opt.Progress = func(line string) { t.Log(line) }
+	}
 	rec, err := Run(t.Context(), s, opt)
 	skipIfNeeded(t, err)
 
@@ -81,7 +84,7 @@ func allHeld(t *testing.T, rec *results.Record) {
 			t.Logf("%s: skipped: %s", v.Name, v.Reason)
 			continue
 		}
-		assert.Equal(t, results.Held, v.Verdict, "%s: %s", v.Name, v.Reason)
+		assert.Equal(t, results.Held, v.Verdict, whyNot(v))
 	}
 }
 
@@ -90,15 +93,28 @@ func allHeld(t *testing.T, rec *results.Record) {
 func notRefuted(t *testing.T, rec *results.Record) {
 	t.Helper()
 	for _, v := range rec.Variants {
-		assert.NotEqual(t, results.Refuted, v.Verdict, "%s: %s", v.Name, v.Reason)
+		assert.NotEqual(t, results.Refuted, v.Verdict, whyNot(v))
 	}
+}
+
+// whyNot says in a few lines why a variant did not hold.
+func whyNot(v results.Variant) string {
+	lines := append([]string{v.Name + ": " + v.Reason}, v.Warnings...)
+	for _, p := range v.Predictions {
+		if p.Verdict == results.Refuted {
+			lines = append(lines, fmt.Sprintf("%s: %v predicted (%s), %v measured", p.Metric, p.Predicted, p.Tolerance, v.Metrics[p.Metric].Value))
+		}
+	}
+	return strings.Join(lines, "\n")
 }
 
 // checkGolden compares a whole run with its golden record, where the kernel has the
 // same rules and nothing was skipped.
 func checkGolden(t *testing.T, rec *results.Record) {
 	t.Helper()
-	if ReadKernelRules() != goldenRules || rec.Verdict() == results.Skipped {
+	rules := ReadKernelRules()
+	rules.CPUs = goldenRules.CPUs
+	if rules != goldenRules || rec.Verdict() == results.Skipped {
 		return
 	}
 	golden, err := results.Load("../results/golden/" + rec.Incident + ".json")

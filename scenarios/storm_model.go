@@ -52,14 +52,12 @@ type stormOutcome struct {
 	failed     int             // attempts that came to nothing, by any timeout
 	corpses    int             // connections accepted after their client had given up
 	overflows  int             // SYNs dropped, first and retransmitted ones, the prober's too
-	retries    int             // SYNs sent again, the prober's too
 	peak       int             // most connections in the accept queue
 	fill       time.Duration   // when the queue was full first; 0 if it never was
 	recovered  []time.Duration // when each client had its reply, in order
 	connects   []time.Duration // of all attempts of clients that got a connection, how long it took
 	probes     int             // of the prober, between the beginning and the end
 	probesHung int             // those whose first SYN was dropped
-	slowProbe  time.Duration   // the longest a probe waited for its connection
 	accepted   int             // connections that the server accepted, the prober's too
 	ghosts     int             // handshakes that were answered, and whose final ACK found the queue full
 	refused    int             // final ACKs and requests of ghosts that found it full
@@ -237,7 +235,6 @@ func (m stormModel) play() stormOutcome {
 			}
 			took := e.at - e.started
 			if e.client == probeClient {
-				out.slowProbe = max(out.slowProbe, took)
 				return
 			}
 			if e.kind == stormRequest || e.kind == stormSYNACK {
@@ -298,7 +295,6 @@ func (m stormModel) play() stormOutcome {
 			if gone(e) {
 				continue
 			}
-			out.retries++
 			if e.at != lump {
 				lump, lumpPasses = e.at, len(queue)-head < places
 			}

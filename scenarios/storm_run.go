@@ -603,6 +603,9 @@ func (r *stormRun) accountServer(timeline *observe.Timeline) error {
 	r.metric(metricPeakDepth, float64(peak), "connections")
 	if full >= 0 {
 		r.metric(metricQueueFull, full.Seconds(), "s")
+		if lost := r.pauses(depths, begin, full); r.s.Jitter == 0 && lost > fillPause {
+			r.v.Void(fmt.Sprintf("while the queue filled the machine stood still for %v, the limit is %v", lost, fillPause))
+		}
 	}
 	r.v.Series = append(r.v.Series, results.NewSeries("accept queue", "connections", points))
 	recordGrowth(r.v, "server", deltas)
@@ -620,11 +623,12 @@ func (r *stormRun) accountServer(timeline *observe.Timeline) error {
 		return err
 	}
 	r.metric("server/Accepted", float64(accepted), "connections")
-	r.metric(metricCorpses, max(0, float64(accepted-r.back.OK-r.probed.OK)), "connections")
-	// No kernel that can run this has the old rule: the model says what it would have done.
-	old := r.s.model(ReadKernelRules())
-	old.before410 = true
-	modelled := old.play()
+	r.metric(metricCorpses, float64(accepted-r.back.OK-r.probed.OK), "connections")
+	// No kernel that can run this has the old rule: the model says what it would have done, and what it does by today's.
+	model := r.s.model(ReadKernelRules())
+	r.metric(metricNewSYNs, float64(model.play().overflows), "SYNs")
+	model.before410 = true
+	modelled := model.play()
 	r.metric(metricOldSYNs, float64(modelled.overflows), "SYNs")
 	r.metric(metricOldACKs, float64(modelled.refused), "ACKs")
 	r.metric(metricOldGhosts, float64(modelled.ghosts), "connections")
@@ -686,13 +690,21 @@ func (r *stormRun) checkAccepts(timeline *observe.Timeline) error {
 	return nil
 }
 
-// behind is by how much one attempt in a hundred may be late. At full size the kernel's work for 15,000 connects a second
-// takes both of two cores.
-func (s *storm) behind() time.Duration {
-	if s.Connections >= stormFullSize {
-		return 150 * time.Millisecond
+// behind is by how much one attempt in a hundred may be late: a twentieth of the time within which they come, in which the
+// queue fills and overflows. What follows is paced by SYN retries, which are seconds apart.
+func (s *storm) behind() time.Duration { return min(s.spread()/20, 250*time.Millisecond) }
+
+// fillPause is for how long the machine may stand still while the queue fills.
+const fillPause = 100 * time.Millisecond
+
+// pauses is for how long the machine stood still while the queue filled, beyond what sampling it takes.
+func (r *stormRun) pauses(depths []observe.Point, begin, full time.Duration) (lost time.Duration) {
+	for i := 1; i < len(depths); i++ {
+		if gap := depths[i].At - depths[i-1].At; depths[i].At > begin && depths[i-1].At < begin+full {
+			lost += max(0, gap-2*stormEvery)
+		}
 	}
-	return 50 * time.Millisecond
+	return lost
 }
 
 // checkConditions voids a run that was not the experiment that was asked for.

@@ -91,6 +91,23 @@ func TestAcceptQueueScale(t *testing.T) {
 	assert.InEpsilon(t, quantile(b.recovered, 0.5).Seconds(), quantile(a.recovered, 0.5).Seconds(), 0.05)
 }
 
+// The two models are apart, since how CPUs meet decides; but the claim ends a fifth beyond them.
+func TestStormClaimsEnd(t *testing.T) {
+	s := newStorm()
+	out := s.play(goldenRules)
+	overflows := func(o stormOutcome) float64 { return float64(o.overflows + o.refused) }
+	for _, p := range s.Predict(results.Incident, goldenRules) {
+		if p.Metric == metricOverflows {
+			assert.False(t, p.Tolerance.Allows(p.Predicted, 1.2*mean(out.lumps, overflows)))
+			assert.False(t, p.Tolerance.Allows(p.Predicted, 0.8*mean(out.alone, overflows)))
+			assert.True(t, p.Tolerance.Allows(p.Predicted, mean(out.lumps, overflows)))
+			assert.True(t, p.Tolerance.Allows(p.Predicted, mean(out.alone, overflows)))
+			return
+		}
+	}
+	t.Fatal("no claim")
+}
+
 func TestStormWindow(t *testing.T) {
 	s := newStorm()
 	low, high := s.window()

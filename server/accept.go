@@ -32,10 +32,11 @@ func (s *Server) acceptReady() error {
 	for range s.cfg.AcceptsPerCycle {
 		if s.isWorker() && len(s.clients) >= s.cfg.MaxClients {
 			s.accept.full = true
+			s.tokens.idle()
 			return s.stopAccepting()
 		}
 		if s.tokens.empty() {
-			s.accept.tooSoon = true
+			s.accept.tooSoon, s.tokens.owed = true, true
 			return s.stopAccepting()
 		}
 		fd, peer, errno := sysAccept(s.listenFD)
@@ -45,6 +46,7 @@ func (s *Server) acceptReady() error {
 			s.admit(fd, peer)
 			continue
 		case unix.EAGAIN:
+			s.tokens.idle()
 			return nil
 		case unix.EINTR, unix.ECONNABORTED:
 			continue
@@ -81,6 +83,7 @@ func (s *Server) admit(fd int, peer netip.AddrPort) {
 // pauseAccept stops accepting until the given time of the clock, 0 for until it is resumed.
 func (s *Server) pauseAccept(until time.Duration) error {
 	s.accept.paused, s.accept.resumeAt = true, until
+	s.tokens.idle() // a pause that was asked for is not made up for
 	return s.stopAccepting()
 }
 
@@ -117,6 +120,10 @@ func (s *Server) acceptAgain() error {
 	a.tooSoon = a.tooSoon && s.clock.now < s.tokens.due()
 	if a.out() {
 		return nil
+	}
+	// Only who looks knows whether somebody waits.
+	if err := s.acceptReady(); err != nil || a.out() {
+		return err
 	}
 	return s.startAccepting()
 }

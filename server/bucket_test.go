@@ -52,6 +52,31 @@ func TestBucket(t *testing.T) {
 	}
 }
 
+// While somebody waits, a pause of the machine costs nothing of the rate; of a quiet time only AcceptBurst is kept.
+func TestBucketOwes(t *testing.T) {
+	for _, tc := range []struct {
+		why    string
+		owed   bool
+		passed time.Duration
+		want   int
+	}{
+		{"who waits loses nothing", true, 3 * time.Second, 3000},
+		{"up to a limit", true, time.Hour, 10_001},
+		{"of a quiet time not all is kept", false, 3 * time.Second, 101},
+	} {
+		var b bucket
+		b.setRate(1000, time.Second)
+		b.owed = tc.owed
+		assert.Equal(t, tc.want, drain(&b, time.Second+tc.passed), tc.why)
+	}
+	var b bucket
+	b.setRate(1000, time.Second)
+	b.owed = true
+	b.fill(4 * time.Second)
+	b.idle()
+	assert.Equal(t, 101, drain(&b, 4*time.Second), "nobody waits any more")
+}
+
 // When a batch is due it is there, and a nanosecond before it is not.
 func TestBucketIsDue(t *testing.T) {
 	for _, tc := range []struct {

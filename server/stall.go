@@ -68,6 +68,7 @@ func (s *Server) stallIfDue() {
 }
 
 func (s *Server) stallNow(d time.Duration) {
+	s.tokens.idle() // what was not accepted during a stall that was asked for is not made up for
 	s.stall.start = time.Now()
 	s.standStill(d)
 	s.stall.end = time.Now()
