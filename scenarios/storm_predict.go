@@ -174,8 +174,8 @@ func (s *storm) predictOverflow(out outcomes, in map[string]float64, rules Kerne
 		claim(metricPeakDepth, "connections", "B+1", in, float64(s.queue().places()), results.PlusMinus(rules.overfill()), "connections that wait for accept(): the queue is full; CPUs that meet may all take the last place"),
 		out.between(metricVictims, "clients", in, func(o stormOutcome) float64 { return float64(o.victims) }, 0.05, "clients whose first SYN is dropped"),
 		out.between(metricOverflows, "SYNs", in, func(o stormOutcome) float64 { return float64(o.overflows + o.refused) }, 0.05, "attempts: SYNs, and what ghosts send, the prober's too"),
-		claim(metricProbeHung, "connects", "storm(cut, λ, μ, B, p, patience)", in, probes, results.PlusMinus(math.Ceil(0.5*probes+4*math.Sqrt(probes))),
-			"of a connect every 100 ms: those that wait for a SYN retry, “Connecting…”; by half more or less, since the server takes connections in batches, and whether a probe meets the place that is free decides"),
+		claim(metricProbeHung, "connects", "1.25·storm(cut, λ, μ, B, p, patience)", in, 1.25*probes, results.PlusMinus(0.75*probes),
+			"of a connect every 100 ms: those that wait for a SYN retry, “Connecting…”; from half to twice what the models have, since whether a probe meets the place that is free decides"),
 		claim(metricAtRetry, "1", "0.98", nil, 0.98, results.AtLeast(), "part of the connects that took next to nothing, or until one of the SYN retries"),
 	}
 	if s.Jitter == 0 {
