@@ -60,6 +60,11 @@ type Reconnect struct {
 	// time, uniform in [0, min(Max, Base·2^k)]. Base 0 is at once. Max is by
 	// default 30 s.
 	Base, Max time.Duration
+	// Unsteady is how much later each attempt comes, at random, uniform in
+	// [0, Unsteady). Clients that keep their times to the microsecond keep step
+	// with a server that accepts at a constant rate: the same ones find a place
+	// each time.
+	Unsteady time.Duration
 	// Seed makes another choice of random times and order.
 	Seed uint64
 }
@@ -90,7 +95,7 @@ func (cfg FleetConfig) withDefaults() (FleetConfig, error) {
 		return cfg, fmt.Errorf("%d clients are out of range: 1 to %d", cfg.Clients, maxFleetClients)
 	case cfg.Window < 0 || cfg.ConnectTimeout < 0 || cfg.ReplyTimeout < 0:
 		return cfg, errors.New("a timeout or the window is negative")
-	case policy.Spread < 0 || policy.Base < 0 || policy.Max < 0:
+	case policy.Spread < 0 || policy.Base < 0 || policy.Max < 0 || policy.Unsteady < 0:
 		return cfg, errors.New("a time of the reconnect policy is negative")
 	}
 	for _, source := range cfg.Sources {

@@ -153,13 +153,16 @@ func (f *Fleet) releaseAll(moment time.Duration) {
 func (f *Fleet) release(i int32, lost, wait time.Duration) {
 	c := &f.clients[i]
 	c.phase, c.failed, c.lost = dueIn, 0, lost
-	f.due.set(i, lost+wait)
+	f.due.set(i, lost+wait+f.part(f.cfg.Reconnect.Unsteady))
 }
 
 // jitter is a random part of the policy's spread.
-func (f *Fleet) jitter() time.Duration {
-	if spread := f.cfg.Reconnect.Spread; spread > 0 {
-		return time.Duration(f.rand.Int64N(int64(spread)))
+func (f *Fleet) jitter() time.Duration { return f.part(f.cfg.Reconnect.Spread) }
+
+// part is a random part of d.
+func (f *Fleet) part(d time.Duration) time.Duration {
+	if d > 0 {
+		return time.Duration(f.rand.Int64N(int64(d)))
 	}
 	return 0
 }
@@ -411,7 +414,7 @@ func (f *Fleet) fail(i int32, p phase, err error) {
 	c.failed = min(c.failed, 254) + 1
 	c.phase = dueIn
 	wait := time.Duration(f.rand.Int64N(int64(f.cfg.Reconnect.after(c.failed)) + 1))
-	f.due.set(i, f.now()+wait)
+	f.due.set(i, f.now()+wait+f.part(f.cfg.Reconnect.Unsteady))
 }
 
 // hangUp closes the connection, if the client has one.

@@ -59,6 +59,7 @@ func (o *fleetOptions) flags(fs *flag.FlagSet) {
 	fs.BoolVar(&o.reconnect.Jitter, "jitter", false, "spread them at random, not evenly")
 	fs.DurationVar(&o.reconnect.Base, "base", 0, "the longest `wait` after a failed attempt, doubled with each; 0: at once")
 	fs.DurationVar(&o.reconnect.Max, "max", 30*time.Second, "the `wait` at which doubling ends")
+	fs.DurationVar(&o.reconnect.Unsteady, "unsteady", 0, "the `time` by which each attempt is later, at random, so that clients do not keep step with the server")
 	fs.Uint64Var(&o.reconnect.Seed, "seed", 1, "seed of the random times")
 	fs.DurationVar(&o.keep, "for", 10*time.Minute, "how long to hold the connections, unless interrupted before")
 	fs.BoolVar(&o.mine, "i-operate-this-target", false, "allow a target other than loopback")

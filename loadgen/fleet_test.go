@@ -174,6 +174,17 @@ func TestFleetPolicy(t *testing.T) {
 		assert.InDelta(t, 100, k, 50, "step %d: five standard deviations of a binomial", step)
 	}
 
+	_, unsteady := waits(Reconnect{Spread: spread, Unsteady: 10 * ms, Seed: 1})
+	require.Len(t, unsteady, n)
+	later := 0
+	for k, wait := range unsteady {
+		assert.InDelta(t, time.Duration(k)*ms, wait, float64(10*ms), "client %d, in ns", k)
+		if wait != even[k] {
+			later++
+		}
+	}
+	assert.Greater(t, later, n/2)
+
 	_, atOnce := waits(Reconnect{})
 	assert.Equal(t, make([]time.Duration, n), atOnce)
 }

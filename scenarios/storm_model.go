@@ -333,11 +333,14 @@ func (m stormModel) play() stormOutcome {
 	return out
 }
 
-// unsteady is by how much an attempt is not where it should be: no schedule is kept to the
-// microsecond. Without it arrivals, accepts and probes would keep step, and the same ones
-// would find a place each time.
+// unsteadiness is by how much attempts come later than they should, at random, in the model as in
+// the run. Without it arrivals, accepts and probes would keep step, and the same ones would find
+// a place each time.
+const unsteadiness = 10 * time.Millisecond
+
+// unsteady is that of one attempt.
 func unsteady(random *rand.Rand) time.Duration {
-	return time.Duration(random.Float64() * float64(10*time.Millisecond))
+	return time.Duration(random.Float64() * float64(unsteadiness))
 }
 
 // wheel is when a timer set at a time goes off: rounded up to the granularity of the

@@ -181,7 +181,7 @@ func (s *storm) startFleet(ctx context.Context, host *netlab.Host, i int, t *tar
 	args := []string{
 		"fleet", "--control", "--i-operate-this-target", "--addr", t.addr.String(), "--clients", strconv.Itoa(s.clientsOf(i)), "--source", strings.Join(from, ","),
 		"--connect-timeout", s.Timeout.String(), "--reply-timeout", s.Timeout.String(), "--spread", s.spread().String(),
-		"--base", s.Base.String(), "--max", s.Most.String(), "--seed", strconv.Itoa(stormSeed + i),
+		"--unsteady", unsteadiness.String(), "--base", s.Base.String(), "--max", s.Most.String(), "--seed", strconv.Itoa(stormSeed + i),
 	}
 	if s.Jitter > 0 {
 		args = append(args, "--jitter")
@@ -343,20 +343,29 @@ func (r *stormRun) awaitAlerts(ctx context.Context) (err error) {
 	return err
 }
 
+// firstOverflow is when the accept queue is seen to have overflowed.
+func firstOverflow(timeline *observe.Timeline, host string) (at time.Duration, overflowed bool, err error) {
+	counts, err := timeline.Series("TcpExt.ListenOverflows", host)
+	if err != nil {
+		return 0, false, err
+	}
+	i := slices.IndexFunc(counts, func(p observe.Point) bool { return p.Value > counts[0].Value })
+	if i < 0 {
+		return 0, false, nil
+	}
+	return counts[i].At, true, nil
+}
+
 // accountAlerts is when alerts fired, counted from the first overflow.
 func (r *stormRun) accountAlerts(timeline *observe.Timeline) error {
 	if r.alerting == nil {
 		return nil
 	}
-	counts, err := timeline.Series("TcpExt.ListenOverflows", r.server.Name())
-	if err != nil {
-		return err
+	at, overflowed, err := firstOverflow(timeline, r.server.Name())
+	if err != nil || !overflowed {
+		return err // without one the claims about it are void, and others say why
 	}
-	i := slices.IndexFunc(counts, func(p observe.Point) bool { return p.Value > counts[0].Value })
-	if i < 0 {
-		return nil // the claims about it are void, and others say why
-	}
-	first := timeline.Start().Add(counts[i].At)
+	first := timeline.Start().Add(at)
 	early := 0
 	for _, f := range r.alerts {
 		after := f.At.Sub(first)
@@ -590,12 +599,20 @@ func (r *stormRun) accountServer(timeline *observe.Timeline) error {
 	}
 	begin := r.begin.Sub(timeline.Start())
 	r.metric(metricLimit, float64(limit.Value), "connections")
-	var peak int64
+	// It is full when it is seen so, or when it has overflowed: between two accepts it is full for some milliseconds only.
+	overflow, overflowed, err := firstOverflow(timeline, host)
+	if err != nil {
+		return err
+	}
 	full := time.Duration(-1)
+	if overflowed {
+		full = overflow - begin
+	}
+	var peak int64
 	points := make([]results.Point, len(depths))
 	for i, p := range depths {
 		peak = max(peak, p.Value)
-		if full < 0 && p.Value > limit.Value {
+		if p.Value > limit.Value && (full < 0 || p.At-begin < full) {
 			full = p.At - begin
 		}
 		points[i] = results.Point{T: (p.At - begin).Seconds(), V: float64(p.Value)}
