@@ -61,9 +61,17 @@ func (c *collision) addKernelNAT(h *netlab.Host) error {
 	return err
 }
 
+// natFlow is what the reply of a translated connection is known by.
+type natFlow struct {
+	proxy, client netip.Addr
+	port          uint16
+}
+
 // movedPorts counts the connections whose client port the kernel's NAT has
-// changed, among those that connection tracking still knows.
-func movedPorts(h *netlab.Host) (moved int, err error) {
+// changed, among those that connection tracking still knows, and how many of them
+// had to because another was moved to their port before (net/netfilter/nf_nat_core.c,
+// get_unique_tuple: any port that nobody has in that reply direction).
+func movedPorts(h *netlab.Host) (moved, byMoved int, err error) {
 	err = h.Do(func() error {
 		handle, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 		if err != nil {
@@ -74,13 +82,30 @@ func movedPorts(h *netlab.Host) (moved int, err error) {
 		if err != nil {
 			return fmt.Errorf("reading the connection tracking table: %w", err)
 		}
-		for _, f := range flows {
-			to, ok := netip.AddrFromSlice(f.Forward.DstIP)
-			if ok && vipPrefix.Contains(to.Unmap()) && f.Forward.SrcPort != f.Reverse.DstPort {
-				moved++
-			}
-		}
+		moved, byMoved = countMoved(flows)
 		return nil
 	})
-	return moved, err
+	return moved, byMoved, err
+}
+
+func countMoved(flows []*netlink.ConntrackFlow) (moved, byMoved int) {
+	movedTo := map[natFlow]bool{}
+	wanted := map[natFlow]int{}
+	for _, f := range flows {
+		to, ok := netip.AddrFromSlice(f.Forward.DstIP)
+		if !ok || !vipPrefix.Contains(to.Unmap()) || f.Forward.SrcPort == f.Reverse.DstPort {
+			continue
+		}
+		moved++
+		proxy, _ := netip.AddrFromSlice(f.Reverse.SrcIP)
+		client, _ := netip.AddrFromSlice(f.Reverse.DstIP)
+		movedTo[natFlow{proxy.Unmap(), client.Unmap(), f.Reverse.DstPort}] = true
+		wanted[natFlow{proxy.Unmap(), client.Unmap(), f.Forward.SrcPort}]++
+	}
+	for f, n := range wanted {
+		if movedTo[f] {
+			byMoved += n
+		}
+	}
+	return moved, byMoved
 }

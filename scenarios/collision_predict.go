@@ -148,14 +148,14 @@ func (c *collision) predictRounds(rules KernelRules) []results.Prediction {
 		claims = append(claims, c.predictMatch()...)
 	case c.Path == pathKernelNAT:
 		claims = append(claims, claim(metricMoved, "connections", "R·pairs/P", in, mean, results.Poisson(testLevel), "connections that connection tracking gave another port"),
-			claim(metricMovedDiff, "connections", "0", nil, 0, results.Exactly(), "they are as many as would have shared a tuple"))
+			claim(metricMovedDiff, "connections", "0", nil, 0, results.Exactly(), "as many as would have shared a tuple, and those whose port one of these was moved to"))
 	case c.Path == pathProxies:
 		claims = append(claims, claim(metricShared, "connections", "0", nil, 0, results.Exactly(), "the client's own kernel keeps the ports of one destination apart"))
 	}
 	return claims
 }
 
-// metricMovedDiff is by how much the two counts differ.
+// metricMovedDiff is how many ports were moved for no reason that is known.
 const metricMovedDiff = "both/PortsMoved.Unexplained"
 
 // predictMatch says that the two ends agree, port by port.

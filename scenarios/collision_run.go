@@ -103,12 +103,12 @@ func (c *collision) Measure(ctx context.Context, lab *netlab.Lab, opt Options, v
 		return err
 	}
 	if c.Path == pathKernelNAT {
-		moved, err := movedPorts(lab.Host("balancer"))
+		moved, byMoved, err := movedPorts(lab.Host("balancer"))
 		if err != nil {
 			return err
 		}
 		r.metric(metricMoved, float64(moved), "connections")
-		r.metric(metricMovedDiff, float64(moved-r.shared()), "connections")
+		r.metric(metricMovedDiff, float64(moved-byMoved-r.shared()), "connections")
 	}
 	return r.fill(timeline)
 }

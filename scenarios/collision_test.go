@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"math"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
 
 	"connlab/loadgen"
 	"connlab/netlab"
@@ -382,4 +384,24 @@ func carriesRedis(t *testing.T, client *netlab.Host) {
 	}
 	assert.Contains(t, cli(pipeline.String(), "--pipe"), "errors: 0, replies: 10000")
 	assert.Equal(t, "9999\n", cli("", "GET", "k9999"))
+}
+
+// A port that is taken because another connection was moved to it is no collision of two clients' ports.
+func TestCountMoved(t *testing.T) {
+	flow := func(host byte, proxy byte, sent, translated uint16) *netlink.ConntrackFlow {
+		client := net.IPv4(10, 66, 0, host)
+		return &netlink.ConntrackFlow{
+			Forward: netlink.IPTuple{SrcIP: client, DstIP: vip(0).AsSlice(), SrcPort: sent},
+			Reverse: netlink.IPTuple{SrcIP: net.IPv4(10, 67, 0, proxy), DstIP: client, DstPort: translated},
+		}
+	}
+	moved, byMoved := countMoved([]*netlink.ConntrackFlow{
+		flow(1, 1, 40_000, 40_000),
+		flow(1, 1, 40_000, 50_000), // the second with this port: moved
+		flow(1, 1, 50_000, 50_002), // its own port is taken by the one above
+		flow(1, 2, 50_000, 50_000), // of another proxy nobody has it
+		flow(2, 1, 50_000, 50_000), // of another client neither
+	})
+	assert.Equal(t, 2, moved)
+	assert.Equal(t, 1, byMoved)
 }
