@@ -39,7 +39,7 @@ race: setup ## Every test with the race detector; root or sudo
 	$(GO) test -race $(ONE_BY_ONE) ./...
 
 .PHONY: fuzz
-fuzz: ## Fuzz each parser for FUZZTIME (1m)
+fuzz: ## Fuzz each parser for FUZZTIME (1m, or a number of inputs: 5000x)
 	@grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' . | while IFS=: read -r file func; do \
 	  echo "$$(dirname $$file) $${func#func }"; \
 	  $(GO) test -run '^$$' -fuzz "^$${func#func }$$" -fuzztime $(or $(FUZZTIME),1m) -fuzzminimizetime 10x $$(dirname $$file) || exit 1; \
